@@ -1,0 +1,174 @@
+"""The one encoding of trees: a safetensors blob whose metadata holds the tree's structure as JSON.
+
+Messages, client state in flight to worker processes, checkpoints and exported models are all written so. Any
+safetensors reader can open them. Nothing is pickled, and decoding checks everything before it makes a tensor:
+records must be registered, offsets must lie within the blob and agree with shape and dtype.
+
+Layout: 8 bytes (little-endian length of the header), the header, then tensor data without gaps, widest dtype
+first so that every tensor is aligned.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from consilience.core.tree import RECORDS, Tree, is_record, record_name
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_SCALARS = (bool, int, float, str, type(None))
+MAX_DEPTH = 64
+"""Deepest nesting that is decoded."""
+
+
+class DecodeError(ValueError):
+    """Bytes that are no encoded tree; the message says which part is wrong."""
+
+
+def _structure(tree: Tree, found: list[Tensor]) -> Any:
+    """The tree as JSON, tensors replaced by their index in ``found``."""
+    if isinstance(tree, Tensor):
+        found.append(tree)
+        return {"t": len(found) - 1}
+    if isinstance(tree, dict):
+        return {"d": [[key, _structure(child, found)] for key, child in tree.items()]}
+    if is_record(tree):
+        name = record_name(type(tree))
+        if name not in RECORDS:
+            raise TypeError(f"{name} is not registered: decorate the NamedTuple with @record")
+        return {"r": name, "v": [_structure(child, found) for child in tree]}
+    if isinstance(tree, (tuple, list)):
+        return {"l" if isinstance(tree, list) else "u": [_structure(child, found) for child in tree]}
+    if isinstance(tree, _SCALARS):
+        return tree
+    raise TypeError(f"a tree's leaves are tensors, numbers, strings or None, not {type(tree).__name__}")
+
+
+def _plan(tree: Tree) -> tuple[bytes, list[tuple[Tensor, int]], int]:
+    """The header, the tensors with their offsets, and the number of data bytes."""
+    found: list[Tensor] = []
+    structure = _structure(tree, found)
+    order = sorted(range(len(found)), key=lambda i: -found[i].element_size())
+    header: dict[str, Any] = {"__metadata__": {"tree": json.dumps(structure, separators=(",", ":"))}}
+    placed: list[tuple[Tensor, int]] = []
+    end = 0
+    for i in order:
+        tensor = found[i]
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[str(i)] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+        placed.append((tensor, start))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, placed, end
+
+
+def encoded_size(tree: Tree) -> int:
+    """Exactly ``len(encode(tree))``, without encoding."""
+    head, _, data = _plan(tree)
+    return len(head) + data
+
+
+class Encoder:
+    """A tree made ready for writing: ``size`` bytes, written by :meth:`into` without further copies."""
+
+    def __init__(self, tree: Tree) -> None:
+        self._head, self._placed, data = _plan(tree)
+        self.size = len(self._head) + data
+
+    def into(self, buffer: memoryview | bytearray) -> None:
+        """Write to the start of ``buffer`` (at least ``size`` bytes)."""
+        base = len(self._head)
+        buffer[:base] = self._head
+        for tensor, start in self._placed:
+            if tensor.numel():
+                target = torch.frombuffer(buffer, dtype=tensor.dtype, count=tensor.numel(), offset=base + start)
+                target.view(tensor.shape).copy_(tensor.detach())
+
+
+def encode(tree: Tree) -> bytearray:
+    """The tree as bytes."""
+    encoder = Encoder(tree)
+    out = bytearray(encoder.size)
+    encoder.into(out)
+    return out
+
+
+def decode(buffer: Any, *, copy: bool = True, limit: int | None = None) -> Tree:
+    """The tree in ``buffer`` (bytes-like; writable if ``copy`` is False, since tensors are then views of it).
+
+    limit: most bytes that are looked at. Raises DecodeError.
+    """
+    view = memoryview(buffer)
+    if limit is not None and len(view) > limit:
+        raise DecodeError(f"{len(view)} bytes, more than the limit of {limit}")
+    if len(view) < 8:
+        raise DecodeError("shorter than its own length field")
+    base = 8 + int.from_bytes(view[:8], "little")
+    if base > len(view):
+        raise DecodeError("the header is cut off")
+    try:
+        header = json.loads(bytes(view[8:base]))
+        structure = json.loads(header.pop("__metadata__")["tree"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DecodeError("the header is damaged") from error
+    data = bytearray(view) if copy else buffer
+    found = {name: _tensor(name, entry, data, base, len(view)) for name, entry in header.items()}
+    return _grow(structure, found, 0)
+
+
+def _tensor(name: str, entry: Any, data: Any, base: int, size: int) -> Tensor:
+    try:
+        dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+        start, end = entry["data_offsets"]
+        good = all(type(n) is int and n >= 0 for n in [*shape, start, end])
+        count = math.prod(shape)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DecodeError(f"tensor {name}: a damaged description") from error
+    if not good or end - start != count * dtype.itemsize or base + end > size:
+        raise DecodeError(f"tensor {name}: its bytes do not match its shape")
+    if not count:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(data, dtype=dtype, count=count, offset=base + start).view(shape)
+
+
+def _grow(node: Any, found: dict[str, Tensor], depth: int) -> Tree:
+    if depth > MAX_DEPTH:
+        raise DecodeError(f"nested deeper than {MAX_DEPTH}")
+    if not isinstance(node, dict):
+        if isinstance(node, list):
+            raise DecodeError("a bare list in the structure")
+        return node
+    try:
+        if "t" in node:
+            return found[str(node["t"])]
+        if "d" in node:
+            return {key: _grow(child, found, depth + 1) for key, child in node["d"]}
+        if "r" in node:
+            return RECORDS[node["r"]](*[_grow(child, found, depth + 1) for child in node["v"]])
+        children = node["l"] if "l" in node else node["u"]
+        grown = [_grow(child, found, depth + 1) for child in children]
+        return grown if "l" in node else tuple(grown)
+    except DecodeError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise DecodeError(f"the structure is damaged at depth {depth}") from error

@@ -1,0 +1,167 @@
+"""Judging a run while it goes on: lines of history and of clients, without side effects on the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from consilience.core.executor import Executor
+from consilience.core.federation import Federation, Task
+from consilience.core.messages import Job, Score
+from consilience.core.streams import philox
+from consilience.core.tree import Tree
+from consilience.core.worker import Call, test_ranges
+
+
+class Measures(Protocol):
+    """What numbers are made of scores. Given to the loop, since it knows no concrete measure."""
+
+    def of_global(self, task: Task, scores: Tensor, y: Tensor, loss: float, full: bool) -> dict[str, float]:
+        """Measures of the global model; ``full`` asks for the costly ones as well."""
+        ...
+
+    def across(self, values: Sequence[float]) -> dict[str, float]:
+        """A summary over clients."""
+        ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """When what is evaluated.
+
+    every, clients_every: in rounds (the last round always; 0 for clients: only the last). clients: how many
+    clients are judged, None for all. chunk: rows in one chunk of the global test set.
+    """
+
+    every: int = 1
+    clients_every: int = 10
+    clients: int | None = None
+    chunk: int = 500
+
+
+@dataclass
+class Line:
+    """A line of history under way: what is known already, and tickets of what is not."""
+
+    record: dict[str, Any]
+    chunks: Sequence[int]
+    judged: Sequence[tuple[Job, int]]
+    pairs: Mapping[int, tuple[Score, Score]]
+    full: bool
+    last: bool
+
+
+class Judge:
+    """Begins and finishes the evaluation of rounds on an executor."""
+
+    def __init__(
+        self,
+        evaluation: Evaluation,
+        measures: Measures,
+        federation: Federation,
+        executor: Executor,
+        rounds: int,
+        seed: int,
+    ) -> None:
+        self.evaluation, self.measures, self.rounds = evaluation, measures, rounds
+        self.federation, self.executor, self.seed = federation, executor, seed
+        self._set: list[int] | None = None
+
+    def wants(self, version: int) -> bool:
+        """Whether the round that made ``version`` gets a line."""
+        return version == self.rounds or version % self.evaluation.every == 0
+
+    def wants_clients(self, version: int) -> bool:
+        """Whether clients are judged in that round."""
+        every = self.evaluation.clients_every
+        return version == self.rounds or (every > 0 and version % every == 0)
+
+    def begin(
+        self,
+        record: dict[str, Any],
+        server: Tree,
+        message: Callable[[int], Tree],
+        job: Callable[[int], Job],
+        pairs: Mapping[int, tuple[Score, Score]],
+    ) -> Line:
+        """Queue everything that a round's line needs. message, job: of a client id, as if it were asked now.
+        pairs: what the round's participants measured before and after their training, by client id."""
+        version = record["round"]
+        full = self.wants_clients(version)
+        predictor = self.executor.worker.method.global_model(server)
+        chunks: list[int] = []
+        if predictor is not None and self.federation.task.kind != "operator":
+            ranges = test_ranges(self.federation, self.evaluation.chunk)
+            chunks = [self.executor.begin(Call("chunk", rows, predictor, rows[1] - rows[0])) for rows in ranges]
+        last = version == self.rounds
+        judged: list[tuple[Job, int]] = []
+        for client in self.clients() if full else []:
+            asked = job(client)
+            train = last and client not in self.federation.unseen
+            judged.append((asked, self.executor.judge(asked, message(client), train=train)))
+        return Line(record, chunks, judged, pairs if full else {}, full, last)
+
+    def finish(self, line: Line) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """The line of history, and a line per judged client."""
+        record = dict(line.record)
+        test = self.federation.test
+        if line.chunks and test is not None:
+            parts = self.executor.finish(line.chunks)
+            scores = torch.cat([part.scores for part in parts])
+            loss = sum(part.loss for part in parts) / len(test)
+            record["global"] = self.measures.of_global(self.federation.task, scores, test.y, loss, line.full)
+        found = self.executor.finish([ticket for _, ticket in line.judged])
+        rows = [
+            self._row(record["round"], job.client, *pair) for (job, _), pair in zip(line.judged, found, strict=True)
+        ]
+        for row in rows:
+            if not line.last and row["client"] in line.pairs:
+                row["before"], row["after"] = map(_value, line.pairs[row["client"]])
+        self._summaries(record, rows, line)
+        return record, rows
+
+    def clients(self) -> list[int]:
+        """Ids of the clients that are judged: all, or a fixed sample of the run."""
+        if self._set is None:
+            n, most = self.federation.n_clients, self.evaluation.clients
+            if most is None or most >= n:
+                self._set = list(range(n))
+            else:
+                rng = philox(self.seed, "eval-clients")
+                self._set = sorted(int(c) for c in rng.choice(n, most, replace=False))
+        return self._set
+
+    def _row(self, version: int, client: int, score: Score, after: Score | None) -> dict[str, Any]:
+        row: dict[str, Any] = {"round": version, "client": client, "seen": client not in self.federation.unseen}
+        row.update(n=score.n, loss=score.loss, train=self.federation.size(client))
+        if score.accuracy is not None:
+            row["accuracy"] = score.accuracy
+        if after is not None:
+            row["before"], row["after"] = _value(score), _value(after)
+        return row
+
+    def _summaries(self, record: dict[str, Any], rows: Sequence[Mapping[str, Any]], line: Line) -> None:
+        rows = [row for row in rows if row["n"]]
+        seen = [row.get("accuracy", row["loss"]) for row in rows if row["seen"]]
+        unseen = [row.get("accuracy", row["loss"]) for row in rows if not row["seen"]]
+        if seen:
+            record["clients"] = dict(self.measures.across(seen))
+        if unseen:
+            record["unseen"] = self.measures.across(unseen)
+        if line.last:
+            pairs = [(row["before"], row["after"]) for row in rows if "after" in row]
+        else:
+            pairs = [(_value(before), _value(after)) for before, after in line.pairs.values() if before.n]
+        if pairs:
+            clients = record.setdefault("clients", {})
+            clients["before"] = self.measures.across([before for before, _ in pairs])
+            clients["after"] = self.measures.across([after for _, after in pairs])
+
+
+def _value(score: Score) -> float:
+    """Accuracy, or the loss where there is none."""
+    return score.loss if score.accuracy is None else score.accuracy

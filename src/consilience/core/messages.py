@@ -1,0 +1,150 @@
+"""What travels: kinds of payload, jobs, replies and the stock messages of FedAvg."""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
+
+from consilience.core.model import Params, Weights
+from consilience.core.tree import Tree, record
+
+
+class Kind(enum.Enum):
+    """What a field of a message is, so that codecs, validation and privacy know what they handle."""
+
+    MODEL = "model"
+    DELTA = "delta"
+    CONTROL = "control"
+    STAT = "stat"
+
+
+Model = Annotated[Weights, Kind.MODEL]
+"""A model's weights."""
+Delta = Annotated[Params, Kind.DELTA]
+"""A difference of parameters, pointing downhill: the server adds it."""
+Control = Annotated[Params, Kind.CONTROL]
+"""A control variate or momentum, shaped like parameters."""
+Stat = Annotated[Tree, Kind.STAT]
+"""Anything else: counts, logits, prototypes, buffers."""
+
+_kinds: dict[type, dict[str, Kind]] = {}
+
+
+def kinds(message_type: type) -> dict[str, Kind]:
+    """The kind of every field of a message type; fields without one are STAT."""
+    if message_type not in _kinds:
+        hints = get_type_hints(message_type, include_extras=True)
+        _kinds[message_type] = {name: _kind(hint) for name, hint in hints.items()}
+    return _kinds[message_type]
+
+
+def _kind(hint: Any) -> Kind:
+    return next((part for part in get_args(hint) if isinstance(part, Kind)), Kind.STAT)
+
+
+@record
+class Broadcast(NamedTuple):
+    """FedAvg's message down."""
+
+    model: Model
+
+
+@record
+class ModelUpdate(NamedTuple):
+    """A trained model, up."""
+
+    model: Model
+
+
+@record
+class DeltaUpdate(NamedTuple):
+    """What training changed, up: parameters as a difference, buffers as they are."""
+
+    delta: Delta
+    buffers: Stat
+
+
+@record
+class Job(NamedTuple):
+    """One client's work in one phase.
+
+    id: unique in the run, in order of dispatch. number: the client's own count of rounds it was asked to take
+    part in, from 1. admitted: number of its last job that was combined (0: none). version: server updates made
+    before the broadcast. round: the same, from 1, for display. phase: index in the method's program. steps:
+    local steps to do, None for the method's own. slot: which model, when several are trained at once. judge:
+    evaluate the client's model before and after.
+    """
+
+    id: int
+    client: int
+    number: int
+    admitted: int
+    version: int
+    phase: int
+    steps: int | None = None
+    slot: int = 0
+    judge: bool = False
+
+    @property
+    def round(self) -> int:
+        """The round this job is part of, counted from 1."""
+        return self.version + 1
+
+
+class ClientInfo(NamedTuple):
+    """What the server knows of a client when it builds a broadcast."""
+
+    id: int
+    samples: int
+    model: str
+    slot: int = 0
+
+
+@record
+class Score(NamedTuple):
+    """How a predictor does on one split of one client: rows, mean loss, share right (None for regression)."""
+
+    n: int
+    loss: float
+    accuracy: float | None
+
+
+@record
+class Work(NamedTuple):
+    """What a job did: update to send, samples and steps computed, training loss, judgements if asked for."""
+
+    update: Tree
+    samples: int
+    steps: int
+    loss: float
+    before: Score | None = None
+    after: Score | None = None
+
+
+@record
+class Reply(NamedTuple):
+    """An update as the server gets it.
+
+    samples: the client's registered training rows (its weight). trained, steps: samples and steps computed.
+    staleness: server updates made since the broadcast. seconds: virtual, from dispatch to arrival.
+    """
+
+    job: Job
+    update: Tree
+    samples: int
+    trained: int
+    steps: int
+    staleness: int
+    seconds: float
+    loss: float
+    before: Score | None = None
+    after: Score | None = None
+
+
+@record
+class Inbox(NamedTuple):
+    """What a node has got from its neighbours in one mixing phase: message and weight by node id, in id order,
+    itself included; the weights sum to 1."""
+
+    messages: dict[int, Tree]
+    weights: dict[int, float]

@@ -1,0 +1,258 @@
+"""Methods: what is sent, what a client does, and how replies combine. The defaults are FedAvg.
+
+A method is a frozen dataclass whose fields are its hyper-parameters; they are the options of the command line
+and the schema of configuration files. ``self`` never changes during a run: what must be remembered lives in the
+server's tree or in a client's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, get_type_hints
+
+from annotated_types import Ge, Gt, Le
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from consilience.core import tree as tr
+from consilience.core.errors import ConfigError, nearest
+from consilience.core.fit import Fit, Plan
+from consilience.core.messages import Broadcast, ClientInfo, DeltaUpdate, Inbox, ModelUpdate, Reply
+from consilience.core.model import Weights
+from consilience.core.predict import Net, Predictor
+from consilience.core.reduce import sample_weights, uniform_weights, weighted_sum
+from consilience.core.tree import Tree, record
+
+if TYPE_CHECKING:
+    from consilience.core.events import View
+    from consilience.core.site import Host, Site
+
+
+@dataclass(frozen=True)
+class Coin:
+    """A phase that happens with probability ``p`` each round, by a coin that everybody shares."""
+
+    p: float
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One broadcast, one client function, one combination.
+
+    over: "cohort": all clients of the round, then the server combines. "client": goes on from the phase before
+    for that client alone, with a broadcast built at the virtual instant at which its job asks for it.
+    "neighbours": an exchange along the topology without a server. when: "round" (every round), "start" (before
+    the first), "end" (after the last), or a Coin.
+    """
+
+    name: str
+    over: Literal["cohort", "client", "neighbours"] = "cohort"
+    when: Literal["round", "start", "end"] | Coin = "round"
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method needs of a federation; a federation that does not offer it gets one clear error."""
+
+    same_architecture: bool = True
+    split_model: bool = False
+    public_data: bool = False
+    classification: bool = False
+    loss: bool = False
+    topology: bool = False
+    pooled_data: bool = False
+
+
+@record
+class ServerState(NamedTuple):
+    """FedAvg's server: the global model."""
+
+    model: Weights
+
+
+@functools.cache
+def _validators(cls: Callable[..., Any]) -> dict[str, TypeAdapter[Any]]:
+    assert isinstance(cls, type)
+    hints = get_type_hints(cls, include_extras=True)
+    strict = ConfigDict(allow_inf_nan=False)
+    return {f.name: TypeAdapter(hints[f.name], config=strict) for f in dataclasses.fields(cls)}
+
+
+def option(default: Any, text: str) -> Any:
+    """A hyper-parameter with its default and what it means."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Method:
+    """Federated averaging, and the base of every method.
+
+    Server state: x. Each round: clients get x, train locally to y_i and send it; the server sets
+    x <- sum_i p_i y_i  (form "model") or  x <- x + sum_i p_i (y_i - x)  (form "delta").
+    """
+
+    name: ClassVar[str] = ""
+    family: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+    year: ClassVar[int] = 0
+    confidence: ClassVar[Literal["high", "medium", "low"]] = "high"
+    needs: ClassVar[Needs] = Needs()
+    schedule: ClassVar[str] = "rounds"
+
+    lr: Annotated[float, Gt(0)] = option(0.05, "local step size")
+    batch_size: Annotated[int, Ge(1)] = option(32, "rows in one local step")
+    local_epochs: Annotated[int, Ge(1)] = option(1, "passes over the local data in a round")
+    local_steps: Annotated[int, Ge(1)] | None = option(None, "local steps in a round, instead of epochs")
+    optimizer: str = option("sgd", "local optimiser: of torch.optim or pytorch-optimizer")
+    momentum: Annotated[float, Ge(0), Le(1)] = option(0.0, "local momentum; starts anew each round")
+    weight_decay: Annotated[float, Ge(0)] = option(0.0, "L2 term of the local objective")
+    clip: Annotated[float, Gt(0)] | None = option(None, "largest norm of a raw gradient")
+    lr_decay: Annotated[float, Gt(0), Le(1)] = option(1.0, "factor on lr after each round")
+    weights: Literal["samples", "uniform"] = option("samples", "a client's weight: n_k / sum n, or 1 / cohort")
+    form: Literal["model", "delta"] = option("model", "clients send models or differences")
+    buffers: Literal["average", "local"] = option("average", "BatchNorm statistics: averaged like weights, or kept")
+
+    def __post_init__(self) -> None:
+        for key, adapter in _validators(self.__class__).items():
+            try:
+                value = adapter.validate_python(getattr(self, key))
+            except ValidationError as error:
+                why = error.errors()[0]["msg"]
+                raise ConfigError(f"{self.name or 'method'}: {key}={getattr(self, key)!r}: {why}") from None
+            object.__setattr__(self, key, value)
+        self.check()
+
+    def check(self) -> None:
+        """Refuse combinations of hyper-parameters that make no sense, with a ConfigError."""
+
+    @classmethod
+    def options(cls) -> dict[str, dataclasses.Field[Any]]:
+        """The hyper-parameters by name."""
+        return {f.name: f for f in dataclasses.fields(cls)}
+
+    @classmethod
+    def make(cls, values: dict[str, Any]) -> Method:
+        """A method from option values (strings allowed); unknown keys are refused with the nearest right one."""
+        for key in values:
+            if key not in cls.options():
+                raise ConfigError(f"{cls.name} has no option '{key}'{nearest(key, cls.options())}")
+        return cls(**values)
+
+    def rate(self, version: int) -> float:
+        """Local step size after ``version`` server updates."""
+        return self.lr * self.lr_decay**version
+
+    def program(self) -> tuple[Phase, ...]:
+        """The phases of a round."""
+        return (Phase("train"),)
+
+    # --- the server's half -------------------------------------------------------------------------------------
+
+    def init_server(self, host: Host) -> Tree:
+        """The server's first state."""
+        return ServerState(host.initial())
+
+    def select(self, server: Tree, view: View) -> Sequence[int] | None:
+        """The clients of the next round, or None to let the schedule choose."""
+        return None
+
+    def broadcast(self, phase: Phase, server: Tree, client: ClientInfo) -> Tree:
+        """The message to one client. Equal messages should be the same object, so that they are sent once."""
+        return Broadcast(server.model)
+
+    def deploy(self, server: Tree, client: ClientInfo) -> Tree:
+        """The message from which a client gets the model it would deploy: by default that of the first phase of
+        a round. It is used for judging and is not counted as traffic."""
+        first = next(phase for phase in self.program() if phase.when not in ("start", "end"))
+        return self.broadcast(first, server, client)
+
+    def aggregate(
+        self, phase: Phase, host: Host, server: Tree, replies: Sequence[Reply], cohort: Sequence[int]
+    ) -> Tree:
+        """The server's state after ``replies``, which are sorted by client and never empty."""
+        return server._replace(model=self.combine(server.model, replies))
+
+    def shares(self, replies: Sequence[Reply]) -> list[float]:
+        """The weight of each reply; they sum to 1."""
+        if self.weights == "uniform":
+            return uniform_weights(len(replies))
+        return sample_weights([reply.samples for reply in replies])
+
+    def combine(self, model: Weights, replies: Sequence[Reply]) -> Weights:
+        """The weighted mean of what clients sent, in the method's form."""
+        shares = self.shares(replies)
+        if isinstance(replies[0].update, ModelUpdate) or self.form == "model":
+            return keep_buffers(weighted_sum([reply.update.model for reply in replies], shares), model)
+        delta = self.mean_delta(replies, shares)
+        return keep_buffers(Weights(tr.add(model.params, delta), self.mean_buffers(replies, shares)), model)
+
+    def mean_delta(self, replies: Sequence[Reply], shares: Sequence[float]) -> dict[str, Any]:
+        """sum_i p_i Delta_i (form "delta")."""
+        mean: dict[str, Any] = weighted_sum([reply.update.delta for reply in replies], shares)
+        return mean
+
+    def mean_buffers(self, replies: Sequence[Reply], shares: Sequence[float]) -> dict[str, Any]:
+        """The clients' buffers, averaged with the same weights (form "delta")."""
+        mean: dict[str, Any] = weighted_sum([reply.update.buffers for reply in replies], shares)
+        return mean
+
+    # --- the client's half -------------------------------------------------------------------------------------
+
+    def init_client(self, site: Site) -> Tree:
+        """A client's first state."""
+        return None
+
+    def client_update(self, phase: Phase, site: Site, message: Tree, state: Tree) -> tuple[Tree, Tree]:
+        """What a client does: (update to send, its new state)."""
+        fit = self.train(site, message, state)
+        return self.pack(message.model, fit.weights), state
+
+    def train(self, site: Site, message: Tree, state: Tree) -> Fit:
+        """Local training from the received model."""
+        return site.fit(message.model, self.plan(site, message, state))
+
+    def plan(self, site: Site, message: Tree, state: Tree) -> Plan:
+        """How to train; a method that changes the loss or the step overrides this."""
+        return Plan()
+
+    def pack(self, start: Weights, end: Weights) -> Tree:
+        """The update in the method's form."""
+        if self.form == "model":
+            return ModelUpdate(end)
+        return DeltaUpdate(tr.sub(end.params, start.params), end.buffers)
+
+    # --- among neighbours --------------------------------------------------------------------------------------
+
+    def send(self, phase: Phase, state: Tree) -> Tree:
+        """What a node sends to each neighbour."""
+        raise NotImplementedError(f"{self.name} has a phase among neighbours but no send")
+
+    def mix(self, phase: Phase, site: Site, state: Tree, inbox: Inbox) -> Tree:
+        """A node's state after what it has got, itself included."""
+        raise NotImplementedError(f"{self.name} has a phase among neighbours but no mix")
+
+    # --- what would be deployed --------------------------------------------------------------------------------
+
+    def global_model(self, server: Tree) -> Predictor | None:
+        """The server's predictor, or None if there is none."""
+        return Net(server.model)
+
+    def personal_model(self, site: Site, message: Tree, state: Tree) -> Predictor | None:
+        """What a client would deploy, from :meth:`deploy`'s message or a broadcast: by default what it received.
+        None if it has nothing to deploy."""
+        return Net(message.model, site.model)
+
+    def trained_model(self, site: Site, message: Tree, update: Tree, state: Tree) -> Predictor | None:
+        """A client's model right after its local training."""
+        if isinstance(update, ModelUpdate):
+            return Net(update.model, site.model)
+        if isinstance(update, DeltaUpdate):
+            return Net(Weights(tr.add(message.model.params, update.delta), update.buffers), site.model)
+        return self.personal_model(site, message, state)
+
+
+def keep_buffers(model: Weights, old: Weights) -> Weights:
+    """``model``, with the old buffers where clients keep theirs and sent none."""
+    return model if model.buffers.keys() == old.buffers.keys() else Weights(model.params, old.buffers)

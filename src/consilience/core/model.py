@@ -1,0 +1,176 @@
+"""Models: weights as trees, architectures as factories, and module instances that are refilled in place."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from consilience.core import tree as tr
+from consilience.core.errors import ConfigError
+from consilience.core.streams import philox, torch_fork
+from consilience.core.tree import record
+
+Params = dict[str, Tensor]
+"""Parameters by name."""
+
+
+@record
+class Weights(NamedTuple):
+    """All of a model's numbers. Buffers (BatchNorm statistics, counters) are not parameters: methods average
+    them as the buffer policy says and never put them into momentum, controls, distances or clipping."""
+
+    params: Params
+    buffers: Params
+
+
+class SplitModel(nn.Module):
+    """A model in two parts: ``features`` maps inputs to ``(n, width)``, ``head`` maps those to outputs."""
+
+    def __init__(self, features: nn.Module, head: nn.Module, width: int) -> None:
+        super().__init__()
+        self.features = features
+        self.head = head
+        self.width = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.features(x))
+        return out
+
+
+Factory = Callable[[tuple[int, ...], int], nn.Module]
+"""``factory(input_shape, outputs)`` makes a module; its initial values come from torch's global generator."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model's name and how to make it.
+
+    input_shape: shape of one input. outputs: classes or targets. dtype: of parameters and inputs.
+    """
+
+    name: str
+    factory: Factory
+    input_shape: tuple[int, ...]
+    outputs: int
+    dtype: torch.dtype = torch.float32
+
+    def build(self, seed: int = 0) -> nn.Module:
+        """A module whose initial values are drawn with ``seed``; no global generator moves."""
+        with torch_fork(seed):
+            try:
+                module = self.factory(self.input_shape, self.outputs)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ConfigError(
+                    f"model '{self.name}' cannot be made for inputs {self.input_shape}: {error}"
+                ) from error
+        if not isinstance(module, nn.Module):
+            raise ConfigError(f"model '{self.name}': its factory returned {type(module).__name__}, not a torch Module")
+        module = module.to(self.dtype)
+        # Convolutions on a CPU are about 16 % faster so; results do not depend on how a tensor came to be laid out.
+        return module.to(memory_format=torch.channels_last) if _convolves(module) else module  # type: ignore[call-overload]
+
+    def initial(self, seed: int, component: int = 0) -> Weights:
+        """Initial weights: the same for everybody with the same seed, architecture and component."""
+        return read(self.build(int(philox(seed, "model", self.name, component).integers(2**63))))
+
+
+def _convolves(module: nn.Module) -> bool:
+    return any(isinstance(part, nn.Conv2d) for part in module.modules())
+
+
+def read(module: nn.Module) -> Weights:
+    """A copy of a module's weights."""
+    return Weights(tr.clone(dict(module.named_parameters())), tr.clone(_buffers(module)))
+
+
+def _buffers(module: nn.Module) -> Params:
+    """A module's persistent buffers by name."""
+    kept = module.state_dict(keep_vars=True).keys()
+    return {name: buffer for name, buffer in module.named_buffers() if name in kept}
+
+
+class Instance:
+    """A module that lives as long as its worker and is refilled instead of made anew."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        self.architecture = architecture
+        self.module = architecture.build()
+        self.parameters = dict(self.module.named_parameters())
+        self.buffers = _buffers(self.module)
+        self.home = {name: p.data for name, p in self.parameters.items()}
+        """The module's own storage."""
+
+    def fill(self, weights: Weights, *, train: bool) -> nn.Module:
+        """Copy ``weights`` in and set the mode; parameters want gradients only in training mode."""
+        self.point(self.home)
+        _copy(self.home, weights.params, self.architecture.name)
+        _copy(self.buffers, weights.buffers, self.architecture.name)
+        self.module.train(train)
+        for p in self.parameters.values():
+            p.requires_grad_(train)
+        return self.module
+
+    def point(self, params: Params) -> None:
+        """Let the parameters be these tensors, without copying."""
+        for name, tensor in params.items():
+            p = self.parameters[name]
+            if p.data_ptr() != tensor.data_ptr():
+                p.data = tensor
+
+    def weights(self) -> Weights:
+        """A copy of the weights held now."""
+        return Weights(tr.clone(self.home), tr.clone(self.buffers))
+
+
+def _copy(target: Params, source: Params, name: str) -> None:
+    if target.keys() != source.keys():
+        differing = sorted(target.keys() ^ source.keys())
+        raise ValueError(f"weights do not fit model '{name}': {', '.join(differing[:3])} on one side only")
+    if target:
+        torch._foreach_copy_(list(target.values()), [source[key] for key in target])
+
+
+class Pool:
+    """The module instances of one worker. What a job borrows goes back when the job ends."""
+
+    def __init__(self) -> None:
+        self._free: dict[str, list[Instance]] = {}
+        self._lent: list[Instance] = []
+
+    def borrow(self, architecture: Architecture) -> Instance:
+        """An instance that nobody else uses until :meth:`release`."""
+        free = self._free.setdefault(f"{architecture.name}|{architecture.dtype}", [])
+        instance = free.pop() if free else Instance(architecture)
+        self._lent.append(instance)
+        return instance
+
+    def mark(self) -> int:
+        """A point to which :meth:`release` can go back."""
+        return len(self._lent)
+
+    def release(self, mark: int = 0) -> None:
+        """Give back everything borrowed since ``mark``."""
+        while len(self._lent) > mark:
+            instance = self._lent.pop()
+            key = f"{instance.architecture.name}|{instance.architecture.dtype}"
+            self._free.setdefault(key, []).append(instance)
+
+
+def check_factory(factory: object, name: str) -> Factory:
+    """``factory`` if it can be called as ``factory(input_shape, outputs)``; ConfigError otherwise."""
+    if not callable(factory):
+        raise ConfigError(
+            f"model '{name}' is not callable; give package.module:factory with factory(input_shape, outputs)"
+        )
+    try:
+        inspect.signature(factory).bind((1,), 1)
+    except TypeError as error:
+        raise ConfigError(f"model '{name}' must take (input_shape, outputs): {error}") from error
+    except ValueError:
+        pass  # a builtin without a signature: calling it will tell
+    return factory

@@ -1,0 +1,499 @@
+"""The only server loop: a heap of events on a virtual clock, of which synchronous rounds are one case."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from consilience.core import tree as tr
+from consilience.core.encode import encoded_size
+from consilience.core.errors import ConfigError, ConsilienceError
+from consilience.core.evaluate import Evaluation, Judge, Line, Measures
+from consilience.core.events import Clock, Decision, Event, Schedule, Start, View, draw_cohort
+from consilience.core.executor import Executor
+from consilience.core.messages import ClientInfo, Inbox, Job, Reply, Score
+from consilience.core.method import Coin, Phase
+from consilience.core.site import Host
+from consilience.core.streams import philox
+from consilience.core.tree import Tree, record
+
+
+@record
+class Totals(NamedTuple):
+    """What has been spent: bytes as encoded, samples and steps as computed (evaluation does not count)."""
+
+    bytes_up: int = 0
+    bytes_down: int = 0
+    samples: int = 0
+    steps: int = 0
+
+
+@record
+class Flight(NamedTuple):
+    """A job on its way. phases: of its chain, those still to come after this one. since: virtual time of its
+    dispatch. arrives: of its arrival. reply: what it will bring (None for an exchange among neighbours)."""
+
+    job: Job
+    phases: tuple[int, ...]
+    since: float
+    arrives: float
+    order: int
+    reply: Reply | None
+
+
+@record
+class Snapshot(NamedTuple):
+    """Everything that a run needs to go on, bit for bit. Nothing is in computation when it is taken."""
+
+    version: int
+    time: float
+    next_job: int
+    order: int
+    started: int
+    ready: bool
+    begun: bool
+    chain: int
+    server: Tree
+    schedule: Tree
+    numbers: dict[int, int]
+    admitted: dict[int, int]
+    totals: Totals
+    arrived: tuple[Reply, ...]
+    flights: tuple[Flight, ...]
+    timers: tuple[float, ...]
+    states: dict[int, Tree]
+    pending: dict[int, Tree]
+
+
+class _Open(NamedTuple):
+    """A job handed to the executor and not yet collected."""
+
+    job: Job
+    rest: tuple[int, ...]
+    since: float
+    down: int
+    earlier: Reply | None
+    ticket: int
+
+
+class Refusal(NamedTuple):
+    """Why one client's update was not combined."""
+
+    client: int
+    field: str
+    reason: str
+
+
+class Stage(Protocol):
+    """A step between collecting and combining: attack, validation, privacy; in that order."""
+
+    def __call__(self, replies: Sequence[Reply], server: Tree) -> tuple[Sequence[Reply], Sequence[Refusal]]:
+        """The replies to go on with, and the ones dropped with reasons."""
+        ...
+
+
+class Recorder(Protocol):
+    """Where lines and checkpoints go."""
+
+    def line(self, record: dict[str, Any], clients: Sequence[dict[str, Any]]) -> None:
+        """A round was evaluated."""
+        ...
+
+    def refused(self, version: int, refusals: Sequence[Refusal]) -> None:
+        """Updates were dropped."""
+        ...
+
+    def checkpoint(self, snapshot: Snapshot) -> None:
+        """A good moment to save."""
+        ...
+
+
+@dataclass
+class Setup:
+    """What :func:`run` is given beside method, federation and executor.
+
+    rounds: server updates to make. cohort: clients a round asks for. checkpoint_every: rounds, 0 for never
+    (but the end is always offered to the recorder). failpoint: called with the name of the place reached.
+    """
+
+    rounds: int
+    cohort: int
+    schedule: Schedule
+    clock: Clock
+    measures: Measures
+    recorder: Recorder
+    stages: Sequence[Stage] = ()
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    checkpoint_every: int = 10
+    failpoint: Callable[[str], None] = lambda name: None
+
+
+def run(executor: Executor, setup: Setup, resume: Snapshot | None = None) -> Snapshot:
+    """Run to the end and return the last snapshot. The only server loop there is."""
+    return Loop(executor, setup, resume).run()
+
+
+class Loop:
+    """The state of a run and the steps that move it."""
+
+    def __init__(self, executor: Executor, setup: Setup, resume: Snapshot | None) -> None:
+        self.executor, self.setup = executor, setup
+        worker = executor.worker
+        self.worker, self.method, self.federation = worker, worker.method, worker.federation
+        self.place, self.program = worker.place, worker.program
+        self.judge = Judge(setup.evaluation, setup.measures, self.federation, executor, setup.rounds, self.place.seed)
+        self.clients = self.federation.seen
+        self.chains = _chains(self.program)
+        self.lines: list[Line] = []
+        self.due = False
+        self.began = time.perf_counter()
+        self._messages: dict[Any, Tree] = {}
+        self._sizes: dict[int, tuple[Tree, int]] = {}
+        self._open: list[_Open] = []
+        self._judged: dict[int, tuple[Score, Score]] = {}
+        if resume is None:
+            self.version, self.time, self.next_job, self.order, self.started = 0, 0.0, 0, 0, 0
+            self.ready, self.begun, self.chain = True, False, 0
+            self.numbers: dict[int, int] = {}
+            self.admitted: dict[int, int] = {}
+            self.totals = Totals()
+            self.arrived: dict[int, Reply] = {}
+            self.flights: dict[int, Flight] = {}
+            self.timers: list[float] = []
+            self.server = self.method.init_server(self.host("init"))
+            self.schedule = setup.schedule.init()
+        else:
+            self._restore(resume)
+
+    # --- the loop ----------------------------------------------------------------------------------------------
+
+    def run(self) -> Snapshot:
+        """Move until the last round is made."""
+        if not self.begun:
+            self._barriers("start")
+            self.begun = True
+        while self.version < self.setup.rounds:
+            if self.due:
+                self._save()
+            if self.ready:
+                events: list[Event] = [Event("ready")]
+                self.ready = False
+            else:
+                events = self._next_instant()
+            self._apply(self.setup.schedule.on(events, self._view(), self.schedule))
+            self._collect()
+        self._flush()
+        last = self.snapshot()
+        self.setup.recorder.checkpoint(last)
+        return last
+
+    def _next_instant(self) -> list[Event]:
+        """Everything that happens at the next point in virtual time."""
+        while True:
+            times = [flight.arrives for flight in self.flights.values()] + self.timers
+            if not times:
+                raise ConsilienceError("the schedule started nothing and waits for nothing; the run cannot go on")
+            self.time = min(times)
+            rung = [t for t in self.timers if t <= self.time]
+            self.timers = [t for t in self.timers if t > self.time]
+            landed = sorted((f for f in self.flights.values() if f.arrives <= self.time), key=lambda f: f.order)
+            events = [Event("timer") for _ in rung]
+            for flight in landed:
+                del self.flights[flight.job.id]
+                if flight.phases:
+                    self._dispatch(flight.job._replace(phase=flight.phases[0]), flight.phases[1:], resumes=flight)
+                elif flight.reply is not None:
+                    self.arrived[flight.job.id] = flight.reply
+                    events.append(Event("arrival", flight.job.id, flight.job.client))
+            self._collect()
+            if events:
+                return events
+
+    def _apply(self, decision: Decision) -> None:
+        """Carry out a schedule's decision: drop, combine, then start."""
+        self.schedule = decision.state
+        if decision.refuse:
+            self.executor.settle((), [self.arrived.pop(job).job for job in decision.refuse])
+        for group in decision.admit:
+            if self.version < self.setup.rounds:
+                self._admit([self.arrived.pop(job) for job in group])
+        if self.version >= self.setup.rounds:
+            return
+        if decision.start:
+            self.chain = 0
+            self._start(self._round_chains()[0], decision.start)
+        self.timers.extend(decision.timers)
+
+    def _start(self, chain: tuple[int, ...], starts: Sequence[Start], again: bool = False) -> None:
+        """Dispatch a chain's first phase. again: a later chain of the same round, so the same job numbers."""
+        jobs: list[Job] = []
+        for start in sorted(starts, key=lambda s: s.client):
+            number = self.numbers.get(start.client, 0) + (0 if again else 1)
+            self.numbers[start.client] = number
+            jobs.append(
+                Job(
+                    self.next_job + len(jobs),
+                    start.client,
+                    number,
+                    self.admitted.get(start.client, 0),
+                    self.version,
+                    chain[0],
+                    start.steps,
+                    start.slot,
+                    self.judge.wants_clients(self.version + 1),
+                )
+            )
+        self.next_job += len(jobs)
+        self.started += 0 if again else len(jobs)
+        if self.program[chain[0]].over == "neighbours":
+            self._exchange(jobs)
+            return
+        for job in jobs:
+            self._dispatch(job, chain[1:])
+
+    def _dispatch(self, job: Job, rest: tuple[int, ...], resumes: Flight | None = None) -> None:
+        """Send a job out; it is computed when the next results are collected."""
+        message, down = self._message(self.program[job.phase], job.client, job.slot)
+        ticket = self.executor.submit(job, message, resumes=resumes is not None)
+        self._spend(down=down)
+        since = self.time if resumes is None else resumes.since
+        self._open.append(_Open(job, rest, since, down, resumes.reply if resumes else None, ticket))
+
+    def _collect(self) -> None:
+        """Compute everything that was dispatched, together, and let it arrive at its time."""
+        opened, self._open = self._open, []
+        self.setup.failpoint("work")
+        works = self.executor.collect([o.job for o in opened], [o.ticket for o in opened])
+        for o, work in zip(opened, works, strict=True):
+            job, up = o.job, _bytes(work.update)
+            delay = self.setup.clock.seconds(job.client, down=o.down, up=up, samples=work.samples, steps=work.steps)
+            self._spend(up=up, samples=work.samples, steps=work.steps)
+            trained, steps, before = work.samples, work.steps, work.before
+            if o.earlier is not None:
+                trained, steps, before = trained + o.earlier.trained, steps + o.earlier.steps, o.earlier.before
+            arrives = self.time + delay
+            reply = Reply(
+                job, work.update, self.federation.size(job.client), trained, steps, 0,
+                arrives - o.since, work.loss, before, work.after,
+            )  # fmt: skip
+            self._fly(Flight(job, o.rest, o.since, arrives, 0, reply))
+
+    def _fly(self, flight: Flight) -> None:
+        self.order += 1
+        self.flights[flight.job.id] = flight._replace(order=self.order)
+
+    def _admit(self, group: Sequence[Reply]) -> None:
+        """Combine a group of replies into one server update, and finish the round if that was its last chain."""
+        replies = sorted(
+            (r._replace(staleness=self.version - r.job.version) for r in group), key=lambda r: r.job.client
+        )
+        chains = self._round_chains()
+        self._combine(chains[self.chain], replies)
+        if self.chain + 1 < len(chains):
+            self.chain += 1
+            starts = [Start(r.job.client, r.job.steps, r.job.slot) for r in replies]
+            self._start(chains[self.chain], starts, again=True)
+            return
+        self.version += 1
+        self.chain, self.started, self.ready = 0, 0, True
+        if self.version == self.setup.rounds:
+            self._barriers("end")
+        self._round_done(replies)
+
+    def _combine(self, chain: tuple[int, ...], replies: Sequence[Reply]) -> None:
+        """Stages, then aggregation, then commit or roll back."""
+        phase, good = self.program[chain[-1]], list(replies)
+        self.setup.failpoint("aggregate")
+        if phase.over != "neighbours":
+            for stage in self.setup.stages:
+                kept, refusals = stage(good, self.server)
+                good = list(kept)
+                if refusals:
+                    self.setup.recorder.refused(self.version + 1, refusals)
+            if good:
+                host = self.host(phase.name)
+                cohort = [reply.job.client for reply in replies]
+                self.server = self.method.aggregate(phase, host, self.server, good, cohort)
+                self._spend(samples=host.computed[0], steps=host.computed[1])
+                self.worker.release()
+        kept_ids = {reply.job.id for reply in good}
+        for reply in good:
+            self.admitted[reply.job.client] = reply.job.number
+            if reply.before is not None and reply.after is not None:
+                first = self._judged.get(reply.job.client, (reply.before, reply.after))[0]
+                self._judged[reply.job.client] = (first, reply.after)
+        self.executor.settle(
+            [reply.job for reply in good], [reply.job for reply in replies if reply.job.id not in kept_ids]
+        )
+
+    def _exchange(self, jobs: Sequence[Job]) -> None:
+        """A phase among neighbours: everybody sends, then everybody mixes what has come."""
+        topology = self.place.topology
+        if topology is None:
+            raise ConfigError(f"{self.method.name} has a phase among neighbours: give a topology")
+        sent = self.executor.exchange(jobs)
+        sizes = {client: _bytes(message) for client, message in sent.items()}
+        inboxes = []
+        for job in jobs:
+            weights = {n: w for n, w in sorted(topology[job.client].items()) if n in sent}
+            missing = 1.0 - sum(weights.values())
+            if len(weights) < len(topology[job.client]):
+                weights[job.client] += missing  # absent neighbours' weight stays at home
+            inboxes.append(Inbox({n: sent[n] for n in weights}, weights))
+        self.executor.mix(jobs, inboxes)
+        for job, inbox in zip(jobs, inboxes, strict=True):
+            got = sum(sizes[n] for n in inbox.messages if n != job.client)
+            given = sizes[job.client] * (len(inbox.messages) - 1)
+            self._spend(up=given, down=got)
+            delay = self.setup.clock.seconds(job.client, down=got, up=given, samples=0, steps=0)
+            reply = Reply(job, None, self.federation.size(job.client), 0, 0, 0, delay, float("nan"))
+            self._fly(Flight(job, (), self.time, self.time + delay, 0, reply))
+
+    def _barriers(self, when: str) -> None:
+        """The phases before the first round or after the last: everybody takes part, everybody is waited for."""
+        for chain in (c for c in self.chains if self.program[c[0]].when == when):
+            self._start(chain, [Start(int(client)) for client in self.clients], again=when == "end")
+            self._collect()
+            while self.flights:
+                self._next_instant()
+            replies = sorted(self.arrived.values(), key=lambda r: r.job.client)
+            self.arrived = {}
+            self._combine(chain, replies)
+
+    # --- after a round -----------------------------------------------------------------------------------------
+
+    def _round_done(self, replies: Sequence[Reply]) -> None:
+        if self.judge.wants(self.version):
+            self._flush()
+            line = {"round": self.version, "virtual_s": self.time, **self.totals._asdict()}
+            losses = [reply.loss * reply.samples for reply in replies if reply.loss == reply.loss]
+            weight = sum(reply.samples for reply in replies if reply.loss == reply.loss)
+            if weight:
+                line["train_loss"] = sum(losses) / weight
+            judged, self._judged = self._judged, {}
+            self.lines.append(self.judge.begin(line, self.server, self._deployed, self._asked, judged))
+        every = self.setup.checkpoint_every
+        self.due = every > 0 and self.version % every == 0 and self.version < self.setup.rounds
+
+    def _flush(self) -> None:
+        """Finish lines under way. The last one stays open while the next round is computed."""
+        for line in self.lines:
+            self.setup.failpoint("evaluate")
+            found, clients = self.judge.finish(line)
+            self.setup.recorder.line({**found, "wall_s": time.perf_counter() - self.began}, clients)
+        self.lines = []
+
+    def _save(self) -> None:
+        self._flush()
+        self.due = False
+        self.setup.recorder.checkpoint(self.snapshot())
+
+    def snapshot(self) -> Snapshot:
+        """The state now."""
+        return Snapshot(
+            self.version, self.time, self.next_job, self.order, self.started, self.ready, self.begun, self.chain,
+            self.server, self.schedule, dict(sorted(self.numbers.items())), dict(sorted(self.admitted.items())),
+            self.totals, tuple(self.arrived.values()), tuple(self.flights.values()), tuple(self.timers),
+            dict(self.executor.states()), dict(self.executor.pending()),
+        )  # fmt: skip
+
+    def _restore(self, s: Snapshot) -> None:
+        self.version, self.time, self.next_job, self.order = s.version, s.time, s.next_job, s.order
+        self.started, self.ready, self.begun, self.chain = s.started, s.ready, s.begun, s.chain
+        self.server, self.schedule, self.totals = s.server, s.schedule, s.totals
+        self.numbers, self.admitted, self.timers = dict(s.numbers), dict(s.admitted), list(s.timers)
+        self.arrived = {reply.job.id: reply for reply in s.arrived}
+        self.flights = {flight.job.id: flight for flight in s.flights}
+        self.executor.restore(s.states, s.pending)
+
+    # --- small helpers -----------------------------------------------------------------------------------------
+
+    def host(self, phase: str) -> Host:
+        """The server's site at this version."""
+        return self.worker.host(self.version, phase)
+
+    def _view(self) -> View:
+        busy = frozenset(f.job.client for f in self.flights.values()) | {r.job.client for r in self.arrived.values()}
+        view = View(
+            self.time, self.version, self.clients, busy, frozenset(self.flights), tuple(self.arrived.values()),
+            self.setup.cohort, lambda size: [],
+        )  # fmt: skip
+
+        def draw(size: int) -> list[int]:
+            chosen = self.method.select(self.server, view)
+            if chosen is not None:
+                return sorted(chosen)
+            rng = philox(self.place.seed, "cohort", self.version, self.started)
+            idle = self.clients if not busy else self.clients[[int(c) not in busy for c in self.clients]]
+            return draw_cohort(rng, idle, size)
+
+        return view._replace(draw=draw)
+
+    def _round_chains(self) -> list[tuple[int, ...]]:
+        """The chains of the round under way."""
+        return [c for c in self.chains if self._happens(self.program[c[0]])]
+
+    def _happens(self, phase: Phase) -> bool:
+        if isinstance(phase.when, Coin):
+            return bool(philox(self.place.seed, "coin", phase.name, self.version).random() < phase.when.p)
+        return phase.when == "round"
+
+    def _first_phase(self) -> Phase:
+        return next(self.program[c[0]] for c in self.chains if self.program[c[0]].when not in ("start", "end"))
+
+    def _message(self, phase: Phase, client: int, slot: int) -> tuple[Tree, int]:
+        """The broadcast to a client and its encoded bytes."""
+        message = self._shared(self.method.broadcast(phase, self.server, self._info(client, slot)))
+        if message is None:
+            return None, 0
+        if self._sizes.get(id(message), (None, 0))[0] is not message:
+            self._sizes = {id(message): (message, encoded_size(message))}
+        return self._sizes[id(message)]
+
+    def _deployed(self, client: int) -> Tree:
+        """What a client would deploy from."""
+        return self._shared(self.method.deploy(self.server, self._info(client, 0)))
+
+    def _info(self, client: int, slot: int) -> ClientInfo:
+        return ClientInfo(client, self.federation.size(client), self.place.model_of(client), slot)
+
+    def _shared(self, message: Tree) -> Tree:
+        """One object for messages made of the same tensors, so that an executor sends them once."""
+        key = (type(message), *(id(x) if isinstance(x, Tensor) else x for x in tr.leaves(message)))
+        if key not in self._messages and len(self._messages) >= 64:
+            self._messages.clear()
+        return self._messages.setdefault(key, message)
+
+    def _asked(self, client: int) -> Job:
+        """A job as if the client were asked now; for judging only."""
+        number = self.numbers.get(client, 0) + 1
+        phase = self.program.index(self._first_phase())
+        return Job(-1, client, number, self.admitted.get(client, 0), self.version, phase)
+
+    def _spend(self, *, up: int = 0, down: int = 0, samples: int = 0, steps: int = 0) -> None:
+        t = self.totals
+        self.totals = Totals(t.bytes_up + up, t.bytes_down + down, t.samples + samples, t.steps + steps)
+
+
+def _bytes(message: Tree) -> int:
+    """Encoded bytes; a message that is not sent costs nothing."""
+    return 0 if message is None else encoded_size(message)
+
+
+def _chains(program: Sequence[Phase]) -> list[tuple[int, ...]]:
+    """Phases grouped so that each "client" phase follows the one it continues."""
+    chains: list[tuple[int, ...]] = []
+    for i, phase in enumerate(program):
+        if phase.over == "client":
+            if not chains:
+                raise ConfigError("a program cannot begin with a phase over one client")
+            chains[-1] = (*chains[-1], i)
+        else:
+            chains.append((i,))
+    if not any(program[c[0]].when not in ("start", "end") for c in chains):
+        raise ConfigError("a program needs a phase in every round")
+    return chains

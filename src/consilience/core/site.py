@@ -1,0 +1,197 @@
+"""A client's view of itself, and the server's: data views, random streams, and the means to train and judge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from consilience.core.federation import ClientData, Split, Task
+from consilience.core.fit import Batch, Fit, Loss, Plan, Step, training
+from consilience.core.messages import Job, Score
+from consilience.core.model import Architecture, Instance, Pool, Weights
+from consilience.core.predict import Net, Predictor
+from consilience.core.streams import SERVER, Streams, torch_fork
+
+if TYPE_CHECKING:
+    from consilience.core.method import Method
+
+__all__ = ["Batch", "Fit", "Host", "Loss", "Place", "Plan", "Site", "Step"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """What all sites of a run share.
+
+    architectures: by name, the server's first. models: architecture name of each client, or None if all have
+    the server's. seed: of the run. initial: weights to start from instead of drawn ones. chunk: rows in one
+    chunk of an evaluation; results may depend on it in their last bits, so it is configuration. public: inputs
+    that everybody may see. n_clients: how many may train. topology: mixing weights by node and neighbour.
+    pooled: everybody's training rows, only for the centralised reference.
+    """
+
+    task: Task
+    method: Method
+    architectures: Mapping[str, Architecture]
+    models: tuple[str, ...] | None
+    seed: int
+    initial: Weights | None
+    chunk: int
+    public: Tensor | None
+    n_clients: int
+    topology: Mapping[int, Mapping[int, float]] | None = None
+    pooled: Split | None = None
+
+    @property
+    def server_model(self) -> str:
+        """Name of the server's architecture."""
+        return next(iter(self.architectures))
+
+    def model_of(self, client: int) -> str:
+        """Name of a client's architecture."""
+        return self.models[client] if self.models is not None else self.server_model
+
+
+class Site:
+    """A client as its own code sees it. Nothing here reaches another client or the server.
+
+    ``id``, ``job``, ``method``, ``task``, ``model`` (its architecture's name), ``train`` / ``valid`` / ``test``.
+    """
+
+    def __init__(self, place: Place, pool: Pool, job: Job, data: ClientData, phase: str) -> None:
+        self.place, self.method, self.task = place, place.method, place.task
+        self.id, self.job = job.client, job
+        self.model = place.model_of(job.client) if job.client != SERVER else place.server_model
+        self.train, self.valid, self.test = data.train, data.valid, data.test
+        self.streams = Streams(place.seed, job.client, job.number, phase)
+        self.computed = [0, 0]
+        """Samples and steps computed so far."""
+        self.last_loss = float("nan")
+        """Mean training loss of the last fit."""
+        self._pool = pool
+
+    @property
+    def public(self) -> Split:
+        """The public inputs, with zeros for labels (nobody has any)."""
+        if self.place.public is None:
+            raise ValueError("this federation has no public data")
+        return Split(self.place.public, torch.zeros(len(self.place.public), dtype=torch.int64))
+
+    def rng(self, purpose: str, *more: int | str) -> np.random.Generator:
+        """A fresh generator of this site, job and phase for ``purpose``."""
+        return self.streams.rng(purpose, *more)
+
+    def shared_rng(self, purpose: str, *more: int | str) -> np.random.Generator:
+        """A generator that every site and the server draw alike (common randomness)."""
+        return Streams(self.place.seed).rng("shared", purpose, *more)
+
+    def architecture(self, model: str = "") -> Architecture:
+        """The architecture named, or the site's own."""
+        return self.place.architectures[model or self.model]
+
+    def initial(self, model: str = "", component: int = 0) -> Weights:
+        """Initial weights: the same at every site and on the server for one architecture and component."""
+        name = model or self.model
+        if self.place.initial is not None and name == self.place.server_model and not component:
+            return self.place.initial
+        return self.place.architectures[name].initial(self.place.seed, component)
+
+    def borrow(self, model: str = "") -> Instance:
+        """A module instance of an architecture, returned when the job ends."""
+        return self._pool.borrow(self.architecture(model))
+
+    def bind(self, weights: Weights, model: str = "") -> nn.Module:
+        """A module holding ``weights``, in evaluation mode; its parameters take no gradient."""
+        return self.borrow(model).fill(weights, train=False)
+
+    def cast(self, data: Split) -> Split:
+        """Data in the dtype of the site's architecture."""
+        dtype = self.architecture().dtype
+        if data.x.dtype == dtype or not data.x.is_floating_point():
+            return data
+        y = data.y.to(dtype) if data.y.is_floating_point() else data.y
+        return Split(data.x.to(dtype), y, data.sensitive)
+
+    def fit(self, weights: Any, plan: Plan | None = None, **fields: Any) -> Fit:
+        """Train ``weights`` (one model's, or a dict of several) and return a :class:`Fit`.
+
+        Give a :class:`Plan`, or its fields as keywords. Borrowed modules go back; no global stream moves.
+        """
+        with self._scope(), torch_fork(0):
+            steps = training(self, weights, plan or Plan(**fields))
+            while True:
+                try:
+                    next(steps)
+                except StopIteration as done:
+                    fit: Fit = done.value
+                    break
+        self.computed[0] += fit.samples
+        self.computed[1] += fit.steps
+        self.last_loss = fit.loss
+        return fit
+
+    def map(self, f: Callable[..., Any], model: Weights, data: Split | None = None, name: str = "") -> list[Any]:
+        """``f(module, rows)`` for every chunk of ``data`` (the training rows), in order, in evaluation mode and
+        without gradients. Nothing moves: no stream, buffer or mode."""
+        rows = self.cast(self.train if data is None else data)
+        with self._scope(), torch.no_grad():
+            module = self.bind(model, name)
+            return [f(module, chunk) for chunk in chunks(rows, self.place.chunk)]
+
+    def scores(self, predictor: Predictor, x: Tensor) -> Tensor:
+        """A predictor's scores for ``x``, chunk by chunk, without side effects."""
+        rows = self.cast(Split(x, torch.zeros(len(x), dtype=torch.int64)))
+        with self._scope(), torch.inference_mode():
+            scorer = predictor.scorer(self)
+            return torch.cat([scorer(chunk.x) for chunk in chunks(rows, self.place.chunk)]).clone()
+
+    def evaluate(self, predictor: Predictor | Weights | None, data: Split | None = None) -> Score:
+        """Rows, mean loss and accuracy on ``data`` (the test rows), without side effects. No predictor: no rows."""
+        found = Net(predictor) if isinstance(predictor, Weights) else predictor
+        rows = self.test if data is None else data
+        if found is None or not len(rows):
+            return Score(0, 0.0, None)
+        return score(self.task, self.scores(found, rows.x), self.cast(rows).y)
+
+    @contextmanager
+    def _scope(self) -> Iterator[None]:
+        mark = self._pool.mark()
+        try:
+            yield
+        finally:
+            self._pool.release(mark)
+
+
+class Host(Site):
+    """The server as its own code sees it: a site without private data, with every architecture.
+
+    ``clients``: how many may train. ``version``: server updates made so far.
+    """
+
+    def __init__(self, place: Place, pool: Pool, version: int, phase: str) -> None:
+        empty = Split(torch.empty(0), torch.empty(0))
+        job = Job(id=-1, client=SERVER, number=version, admitted=0, version=version, phase=0)
+        super().__init__(place, pool, job, ClientData(empty, empty, empty), phase)
+        self.clients = place.n_clients
+        self.pooled = place.pooled
+        self.version = version
+
+
+def chunks(rows: Split, size: int) -> Iterator[Split]:
+    """Consecutive chunks of ``size`` rows; the last may be smaller."""
+    for start in range(0, len(rows), size):
+        yield rows.rows(slice(start, start + size))
+
+
+def score(task: Task, scores: Tensor, y: Tensor) -> Score:
+    """Mean loss (summed in float64) and accuracy of scores."""
+    if task.kind == "operator":
+        return Score(len(y), 0.0, None)
+    loss = float(task.losses(scores, y).double().sum()) / len(y)
+    right = float((scores.argmax(1) == y).double().mean()) if task.kind == "classification" else None
+    return Score(len(y), loss, right)

@@ -1,0 +1,195 @@
+"""The client side of a run: pure functions from trees to trees, run wherever an executor likes.
+
+A worker holds the data and the modules; it keeps nothing between calls that could change a result.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from consilience.core import tree as tr
+from consilience.core.errors import ClientError
+from consilience.core.federation import Federation, Split
+from consilience.core.messages import DeltaUpdate, Inbox, Job, Kind, Score, Work, kinds
+from consilience.core.method import Method, Phase
+from consilience.core.model import Pool, Weights
+from consilience.core.predict import Predictor
+from consilience.core.site import Host, Place, Site
+from consilience.core.tree import Tree, record
+
+
+class Call(NamedTuple):
+    """One piece of work for a worker: the name of one of its functions and its arguments, which are trees.
+
+    shared: a tree that several calls have in common (a broadcast), sent once. cost: a guess of its length, so
+    that the longest begins first.
+    """
+
+    name: str
+    args: tuple[Tree, ...]
+    shared: Tree = None
+    cost: float = 0.0
+
+
+@record
+class Kept(NamedTuple):
+    """A client's state where buffers stay local: the method's own, and the buffers."""
+
+    state: Tree
+    buffers: Tree
+
+
+@record
+class Chunk(NamedTuple):
+    """What a predictor did on one chunk of the global test set: sum of losses, scores ``(n, outputs)``."""
+
+    loss: float
+    scores: Tensor
+
+
+@dataclass
+class Worker:
+    """Runs the client half of a method on a federation."""
+
+    place: Place
+    federation: Federation
+    program: Sequence[Phase]
+
+    def __post_init__(self) -> None:
+        self._pool = Pool()
+
+    @property
+    def method(self) -> Method:
+        """The method that is run."""
+        return self.place.method
+
+    def run(self, call: Call) -> Tree:
+        """The result of a call. Raises ClientError with the client's own traceback."""
+        function = getattr(self, f"do_{call.name}")
+        try:
+            return function(call.shared, *call.args)
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        """Take back every module that was lent."""
+        self._pool.release()
+
+    def do_train(self, message: Tree, job: Job, state: Tree) -> tuple[Work, Tree]:
+        """A client's work in one phase: (what it did, its new state)."""
+        site, phase = self.site(job)
+        with _blame(site, phase, "client_update"):
+            message, own = self._open(site, message, state)
+            before = self._judge(site, message, own) if job.judge else None
+            update, own = self.method.client_update(phase, site, message, own)
+            after = site.evaluate(self.method.trained_model(site, message, update, own)) if job.judge else None
+            samples, steps = site.computed
+            update, kept = self._close(update, own)
+        return Work(update, samples, steps, site.last_loss, before, after), kept
+
+    def do_mix(self, shared: Tree, job: Job, inbox: Inbox, state: Tree) -> Tree:
+        """A node's state after an exchange with its neighbours."""
+        site, phase = self.site(job)
+        with _blame(site, phase, "mix"):
+            return self.method.mix(phase, site, self._own(site, state), inbox)
+
+    def do_send(self, shared: Tree, job: Job, state: Tree) -> Tree:
+        """What a node sends to its neighbours."""
+        site, phase = self.site(job)
+        with _blame(site, phase, "send"):
+            return self.method.send(phase, self._own(site, state))
+
+    def do_judge(self, message: Tree, job: Job, state: Tree, train: bool) -> tuple[Score, Score | None]:
+        """A client's deployed model on its own test rows, and again after a round of local training that leaves
+        no trace (if ``train``)."""
+        site, phase = self.site(job)
+        with _blame(site, phase, "personal_model"):
+            message, own = self._open(site, message, state)
+            before = self._judge(site, message, own)
+            after = None
+            if train and len(site.train):
+                update, own = self.method.client_update(phase, site, message, own)
+                after = site.evaluate(self.method.trained_model(site, message, update, own))
+        return before, after
+
+    def do_chunk(self, predictor: Predictor, start: int, stop: int) -> Chunk:
+        """The global model on rows ``start`` to ``stop`` of the global test set."""
+        test = self.federation.test
+        assert test is not None
+        host = self.host(0, "evaluate")
+        rows = host.cast(test.rows(slice(start, stop)))
+        scores = host.scores(predictor, rows.x)
+        return Chunk(float(host.task.losses(scores, rows.y).double().sum()), scores)
+
+    def site(self, job: Job) -> tuple[Site, Phase]:
+        """The site of a job, and its phase."""
+        phase = self.program[job.phase]
+        data = self.federation.data(job.client)
+        return Site(self.place, self._pool, job, data, phase.name), phase
+
+    def host(self, version: int, phase: str) -> Host:
+        """The server as its own code sees it."""
+        return Host(self.place, self._pool, version, phase)
+
+    def _judge(self, site: Site, message: Tree, own: Tree) -> Score:
+        return site.evaluate(self.method.personal_model(site, message, own))
+
+    def _own(self, site: Site, state: Tree) -> Tree:
+        return self.method.init_client(site) if state is None else state
+
+    def _open(self, site: Site, message: Tree, state: Tree) -> tuple[Tree, Tree]:
+        """The message as the client reads it, and the method's own client state: with local buffers, models
+        arrive with the buffers that this client kept."""
+        if self.method.buffers == "average":
+            return message, self._own(site, state)
+        kept = Kept(self.method.init_client(site), None) if state is None else state
+        if kept.buffers is not None and tr.is_record(message):
+            models = [name for name, kind in kinds(type(message)).items() if kind is Kind.MODEL]
+            message = message._replace(**{n: Weights(getattr(message, n).params, kept.buffers) for n in models})
+        return message, kept.state
+
+    def _close(self, update: Tree, own: Tree) -> tuple[Tree, Tree]:
+        """The update as it is sent, and the state as it is kept: local buffers stay here."""
+        if self.method.buffers == "average":
+            return update, own
+        if isinstance(update, DeltaUpdate):
+            return update._replace(buffers={}), Kept(own, update.buffers)
+        buffers = None
+        for name, kind in kinds(type(update)).items() if tr.is_record(update) else ():
+            if kind is Kind.MODEL:
+                buffers = getattr(update, name).buffers
+                update = update._replace(**{name: Weights(getattr(update, name).params, {})})
+        return update, Kept(own, buffers)
+
+
+class _blame:
+    """Turns an exception of a client's code into one ClientError that names client, round and stage."""
+
+    def __init__(self, site: Site, phase: Phase, stage: str) -> None:
+        self.where = f"client {site.id}, round {site.job.round}, phase {phase.name}, in {stage}"
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, Exception) and not isinstance(error, ClientError):
+            text = "".join(traceback.format_exception(error)).rstrip()
+            raise ClientError(f"{self.where}: {type(error).__name__}: {error}", text) from error
+
+
+def pooled(federation: Federation) -> Split:
+    """All training rows of the clients that may train, in client order."""
+    parts = [federation.data(int(client)).train for client in federation.seen]
+    return Split(torch.cat([part.x for part in parts]), torch.cat([part.y for part in parts]))
+
+
+def test_ranges(federation: Federation, size: int) -> list[tuple[int, int]]:
+    """Row ranges of the global test set, ``size`` rows each."""
+    n = 0 if federation.test is None else len(federation.test)
+    return [(start, min(start + size, n)) for start in range(0, n, size)]

@@ -1,0 +1,177 @@
+"""Server optimisers on the pseudo-gradient: FedAvgM, FedAdagrad, FedAdam, FedYogi (Reddi et al., 2021)."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+from annotated_types import Ge, Gt, Lt
+
+from consilience.core import tree as tr
+from consilience.core.errors import ConfigError
+from consilience.core.messages import Reply
+from consilience.core.method import Method, Phase, keep_buffers, option
+from consilience.core.model import Params, Weights
+from consilience.core.site import Host
+from consilience.core.tree import record
+
+
+def _needs_delta(method: Method) -> None:
+    if method.form != "delta":
+        raise ConfigError(f"{method.name}: a server optimiser works on differences; use form=delta")
+
+
+@record
+class Momentum(NamedTuple):
+    """Server state of FedAvgM: model and velocity."""
+
+    model: Weights
+    velocity: Params
+
+
+@dataclass(frozen=True)
+class FedAvgM(Method):
+    """Server momentum.
+
+        Delta = sum_i p_i (y_i - x);   v <- beta v + Delta;   x <- x + eta_g v;   v_0 = 0
+
+    server_momentum = 0 and server_lr = 1 is FedAvg in delta form bit for bit. Buffers take plain averages.
+
+    Source: Hsu, Qi, Brown, "Measuring the Effects of Non-Identical Data Distribution for Federated Visual
+    Classification", 2019; FedAvgM of Reddi et al., ICLR 2021. Deviations: none.
+    """
+
+    name = "fedavgm"
+    family = "server optimiser"
+    source = "Hsu et al."
+    year = 2019
+
+    server_lr: Annotated[float, Gt(0)] = option(1.0, "server step size eta_g")
+    server_momentum: Annotated[float, Ge(0), Lt(1)] = option(0.9, "beta")
+    form: Literal["model", "delta"] = option("delta", "clients send differences")
+
+    def check(self) -> None:
+        """The form must be delta."""
+        _needs_delta(self)
+
+    def init_server(self, host: Host) -> Momentum:
+        """The initial model and no velocity."""
+        model = host.initial()
+        return Momentum(model, tr.zeros_like(model.params))
+
+    def aggregate(
+        self, phase: Phase, host: Host, server: Momentum, replies: Sequence[Reply], cohort: Sequence[int]
+    ) -> Momentum:
+        """One server step."""
+        shares = self.shares(replies)
+        velocity = self.mean_delta(replies, shares)
+        if self.server_momentum:
+            velocity = tr.axpy(self.server_momentum, server.velocity, velocity)
+        params = tr.axpy(self.server_lr, velocity, server.model.params)
+        model = keep_buffers(Weights(params, self.mean_buffers(replies, shares)), server.model)
+        return Momentum(model, velocity)
+
+
+@record
+class Moments(NamedTuple):
+    """Server state of the adaptive optimisers: model, first and second moment."""
+
+    model: Weights
+    first: Params
+    second: Params
+
+
+@dataclass(frozen=True)
+class _Adaptive(Method):
+    """Adaptive server optimisers.
+
+        Delta = sum_i p_i (y_i - x);   m <- beta_1 m + (1 - beta_1) Delta
+        v <- (see the method);         x <- x + eta_g m / (sqrt(v) + tau)
+        m_{-1} = 0,  v_{-1} = tau^2 in every coordinate
+
+    There is no bias correction, and tau is added outside the root: this is not torch.optim.Adam. Buffers take
+    plain averages.
+    """
+
+    family = "server optimiser"
+    source = "Reddi et al., ICLR"
+    year = 2021
+
+    server_lr: Annotated[float, Gt(0)] = option(0.03, "server step size eta_g")
+    beta_1: Annotated[float, Ge(0), Lt(1)] = option(0.9, "decay of the first moment")
+    tau: Annotated[float, Gt(0)] = option(1e-3, "degree of adaptivity")
+    form: Literal["model", "delta"] = option("delta", "clients send differences")
+
+    def check(self) -> None:
+        """The form must be delta."""
+        _needs_delta(self)
+
+    @abstractmethod
+    def second(self, v: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
+        """The next second moment, from Delta squared."""
+
+    def init_server(self, host: Host) -> Moments:
+        """m = 0, v = tau^2."""
+        model = host.initial()
+        second = {name: torch.full_like(p, self.tau**2) for name, p in model.params.items()}
+        return Moments(model, tr.zeros_like(model.params), second)
+
+    def aggregate(
+        self, phase: Phase, host: Host, server: Moments, replies: Sequence[Reply], cohort: Sequence[int]
+    ) -> Moments:
+        """One server step."""
+        shares = self.shares(replies)
+        delta = self.mean_delta(replies, shares)
+        first = {k: self.beta_1 * server.first[k] + (1 - self.beta_1) * d for k, d in delta.items()}
+        second = {k: self.second(server.second[k], d.square()) for k, d in delta.items()}
+        params = {
+            k: x + self.server_lr * first[k] / (second[k].sqrt() + self.tau) for k, x in server.model.params.items()
+        }
+        model = keep_buffers(Weights(params, self.mean_buffers(replies, shares)), server.model)
+        return Moments(model, first, second)
+
+
+_SOURCE = """
+    Source: Reddi, Charles, Zaheer, Garrett, Rush, Konecny, Kumar, McMahan, "Adaptive Federated Optimization", ICLR
+    2021, algorithm 2. Deviations: none; the paper tunes eta_g and tau on a grid, so treat the defaults as a start.
+    """
+
+
+@dataclass(frozen=True)
+class FedAdagrad(_Adaptive):
+    __doc__ = "FedAdagrad:  v <- v + Delta^2.\n" + (_Adaptive.__doc__ or "") + _SOURCE
+    name = "fedadagrad"
+
+    server_lr: Annotated[float, Gt(0)] = option(0.1, "server step size eta_g")
+    beta_1: Annotated[float, Ge(0), Lt(1)] = option(0.0, "decay of the first moment (0 in the paper)")
+
+    def second(self, v: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
+        """v + Delta^2."""
+        return v + square
+
+
+@dataclass(frozen=True)
+class FedAdam(_Adaptive):
+    __doc__ = "FedAdam:  v <- beta_2 v + (1 - beta_2) Delta^2.\n" + (_Adaptive.__doc__ or "") + _SOURCE
+    name = "fedadam"
+
+    beta_2: Annotated[float, Ge(0), Lt(1)] = option(0.99, "decay of the second moment")
+
+    def second(self, v: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
+        """beta_2 v + (1 - beta_2) Delta^2."""
+        return self.beta_2 * v + (1 - self.beta_2) * square
+
+
+@dataclass(frozen=True)
+class FedYogi(_Adaptive):
+    __doc__ = "FedYogi:  v <- v - (1 - beta_2) Delta^2 sign(v - Delta^2).\n" + (_Adaptive.__doc__ or "") + _SOURCE
+    name = "fedyogi"
+
+    beta_2: Annotated[float, Ge(0), Lt(1)] = option(0.99, "decay of the second moment")
+
+    def second(self, v: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
+        """v - (1 - beta_2) Delta^2 sign(v - Delta^2)."""
+        return v - (1 - self.beta_2) * square * torch.sign(v - square)

@@ -1,0 +1,123 @@
+"""Small models, each in two parts (features and head) so that any method can use them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from consilience.core.model import SplitModel
+
+
+class Linear(SplitModel):
+    """``logistic``: flattened inputs straight to the outputs."""
+
+    def __init__(self, input_shape: tuple[int, ...], outputs: int) -> None:
+        width = math.prod(input_shape)
+        super().__init__(nn.Flatten(), nn.Linear(width, outputs), width)
+
+
+class MLP(SplitModel):
+    """``mlp``: hidden ReLU layers, by default one of 200."""
+
+    def __init__(self, input_shape: tuple[int, ...], outputs: int, widths: tuple[int, ...] = (200,)) -> None:
+        sizes = (math.prod(input_shape), *widths)
+        layers: list[nn.Module] = [nn.Flatten()]
+        for before, after in zip(sizes, widths, strict=False):
+            layers += [nn.Linear(before, after), nn.ReLU()]
+        super().__init__(nn.Sequential(*layers), nn.Linear(sizes[-1], outputs), sizes[-1])
+
+
+def _image(name: str, input_shape: tuple[int, ...], smallest: int) -> tuple[int, int, int]:
+    if len(input_shape) != 3 or min(input_shape[1:]) < smallest:
+        raise ValueError(f"{name} takes images of shape (channels, height, width) with sides of at least {smallest}")
+    channels, height, width = input_shape
+    return channels, height, width
+
+
+class LeNet(SplitModel):
+    """``lenet``: 5x5 convolutions of 6 (padded) and 16 channels with 2x2 max pooling, then 120 and 84 units."""
+
+    def __init__(self, input_shape: tuple[int, ...], outputs: int) -> None:
+        channels, height, width = _image("lenet", input_shape, 12)
+        after = [(side // 2 - 4) // 2 for side in (height, width)]
+        features = nn.Sequential(
+            nn.Conv2d(channels, 6, 5, padding=2),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(6, 16, 5),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(16 * after[0] * after[1], 120),
+            nn.ReLU(),
+            nn.Linear(120, 84),
+            nn.ReLU(),
+        )
+        super().__init__(features, nn.Linear(84, outputs), 84)
+
+
+class CNN(SplitModel):
+    """``cnn``: padded 5x5 convolutions of 32 and 64 channels with 2x2 max pooling, then 512 units (McMahan 2017)."""
+
+    def __init__(self, input_shape: tuple[int, ...], outputs: int) -> None:
+        channels, height, width = _image("cnn", input_shape, 4)
+        features = nn.Sequential(
+            nn.Conv2d(channels, 32, 5, padding=2),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 5, padding=2),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(64 * (height // 4) * (width // 4), 512),
+            nn.ReLU(),
+        )
+        super().__init__(features, nn.Linear(512, outputs), 512)
+
+
+Norm = Callable[[int], nn.Module]
+
+
+def group_norm(channels: int) -> nn.Module:
+    """GroupNorm with 2 groups: no statistics to carry, so nothing to average."""
+    return nn.GroupNorm(2, channels)
+
+
+class _Block(nn.Module):
+    def __init__(self, before: int, after: int, stride: int, norm: Norm) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(before, after, 3, stride, 1, bias=False),
+            norm(after),
+            nn.ReLU(),
+            nn.Conv2d(after, after, 3, 1, 1, bias=False),
+            norm(after),
+        )
+        self.skip: nn.Module = nn.Identity()
+        if stride != 1 or before != after:
+            self.skip = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), norm(after))
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.relu(self.body(x) + self.skip(x))
+        return out
+
+
+class ResNet8(SplitModel):
+    """``resnet8``: three residual blocks of 16, 32 and 64 channels (He 2016, the CIFAR form with n = 1)."""
+
+    def __init__(self, input_shape: tuple[int, ...], outputs: int, norm: Norm = group_norm) -> None:
+        channels, _, _ = _image("resnet8", input_shape, 4)
+        features = nn.Sequential(
+            nn.Conv2d(channels, 16, 3, 1, 1, bias=False),
+            norm(16),
+            nn.ReLU(),
+            _Block(16, 16, 1, norm),
+            _Block(16, 32, 2, norm),
+            _Block(32, 64, 2, norm),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
+        super().__init__(features, nn.Linear(64, outputs), 64)

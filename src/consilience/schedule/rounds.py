@@ -1,0 +1,26 @@
+"""Rounds: a cohort is drawn, everybody is waited for, the server combines, and again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from consilience.core.events import Decision, Event, Start, View
+from consilience.core.tree import Tree
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """Synchronous rounds. Nothing to remember: a round is over when nothing is in flight."""
+
+    def init(self) -> Tree:
+        """No state."""
+        return None
+
+    def on(self, events: Sequence[Event], view: View, state: Tree) -> Decision:
+        """Combine when the last reply is in; start the next cohort when the server is ready."""
+        if view.in_flight:
+            return Decision(state)
+        if view.arrived:
+            return Decision(state, admit=[[reply.job.id for reply in view.arrived]])
+        return Decision(state, start=[Start(client) for client in view.draw(view.cohort)])
