@@ -24,7 +24,7 @@ class Measures(Protocol):
         """Measures of the global model; ``full`` asks for the costly ones as well."""
         ...
 
-    def across(self, values: Sequence[float]) -> dict[str, float]:
+    def across(self, values: Sequence[float], *, higher_is_better: bool) -> dict[str, float]:
         """A summary over clients."""
         ...
 
@@ -149,17 +149,20 @@ class Judge:
         seen = [row.get("accuracy", row["loss"]) for row in rows if row["seen"]]
         unseen = [row.get("accuracy", row["loss"]) for row in rows if not row["seen"]]
         if seen:
-            record["clients"] = dict(self.measures.across(seen))
+            record["clients"] = self._across(seen)
         if unseen:
-            record["unseen"] = self.measures.across(unseen)
+            record["unseen"] = self._across(unseen)
         if line.last:
             pairs = [(row["before"], row["after"]) for row in rows if "after" in row]
         else:
             pairs = [(_value(before), _value(after)) for before, after in line.pairs.values() if before.n]
         if pairs:
             clients = record.setdefault("clients", {})
-            clients["before"] = self.measures.across([before for before, _ in pairs])
-            clients["after"] = self.measures.across([after for _, after in pairs])
+            clients["before"] = self._across([before for before, _ in pairs])
+            clients["after"] = self._across([after for _, after in pairs])
+
+    def _across(self, values: Sequence[float]) -> dict[str, Any]:
+        return dict(self.measures.across(values, higher_is_better=self.federation.task.kind == "classification"))
 
 
 def _value(score: Score) -> float:

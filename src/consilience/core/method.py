@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, get_type_hints
 
@@ -73,8 +73,7 @@ class ServerState(NamedTuple):
 
 
 @functools.cache
-def _validators(cls: Callable[..., Any]) -> dict[str, TypeAdapter[Any]]:
-    assert isinstance(cls, type)
+def _validators(cls: type) -> dict[str, TypeAdapter[Any]]:
     hints = get_type_hints(cls, include_extras=True)
     strict = ConfigDict(allow_inf_nan=False)
     return {f.name: TypeAdapter(hints[f.name], config=strict) for f in dataclasses.fields(cls)}
@@ -100,6 +99,8 @@ class Method:
     confidence: ClassVar[Literal["high", "medium", "low"]] = "high"
     needs: ClassVar[Needs] = Needs()
     schedule: ClassVar[str] = "rounds"
+    trains_on_server: ClassVar[bool] = False
+    """Whether ``aggregate`` trains, so that it should run where client work runs."""
 
     lr: Annotated[float, Gt(0)] = option(0.05, "local step size")
     batch_size: Annotated[int, Ge(1)] = option(32, "rows in one local step")
@@ -115,7 +116,7 @@ class Method:
     buffers: Literal["average", "local"] = option("average", "BatchNorm statistics: averaged like weights, or kept")
 
     def __post_init__(self) -> None:
-        for key, adapter in _validators(self.__class__).items():
+        for key, adapter in _validators(type(self)).items():  # type: ignore[arg-type]
             try:
                 value = adapter.validate_python(getattr(self, key))
             except ValidationError as error:

@@ -20,6 +20,7 @@ from consilience.core.method import Coin, Phase
 from consilience.core.site import Host
 from consilience.core.streams import philox
 from consilience.core.tree import Tree, record
+from consilience.core.worker import Call
 
 
 @record
@@ -118,6 +119,7 @@ class Setup:
 
     rounds: server updates to make. cohort: clients a round asks for. checkpoint_every: rounds, 0 for never
     (but the end is always offered to the recorder). failpoint: called with the name of the place reached.
+    elapsed: wall seconds spent before, for a run that is resumed.
     """
 
     rounds: int
@@ -130,6 +132,7 @@ class Setup:
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoint_every: int = 10
     failpoint: Callable[[str], None] = lambda name: None
+    elapsed: float = 0.0
 
 
 def run(executor: Executor, setup: Setup, resume: Snapshot | None = None) -> Snapshot:
@@ -150,7 +153,7 @@ class Loop:
         self.chains = _chains(self.program)
         self.lines: list[Line] = []
         self.due = False
-        self.began = time.perf_counter()
+        self.began = time.perf_counter() - setup.elapsed
         self._messages: dict[Any, Tree] = {}
         self._sizes: dict[int, tuple[Tree, int]] = {}
         self._open: list[_Open] = []
@@ -315,11 +318,11 @@ class Loop:
                 if refusals:
                     self.setup.recorder.refused(self.version + 1, refusals)
             if good:
-                host = self.host(phase.name)
                 cohort = [reply.job.client for reply in replies]
-                self.server = self.method.aggregate(phase, host, self.server, good, cohort)
-                self._spend(samples=host.computed[0], steps=host.computed[1])
-                self.worker.release()
+                call = Call("aggregate", (chain[-1], self.version, self.server, good, cohort))
+                here = self.worker.run if not self.method.trains_on_server else self.executor.run
+                self.server, samples, steps = here(call)
+                self._spend(samples=samples, steps=steps)
         kept_ids = {reply.job.id for reply in good}
         for reply in good:
             self.admitted[reply.job.client] = reply.job.number

@@ -16,7 +16,7 @@ from torch import Tensor
 from consilience.core import tree as tr
 from consilience.core.errors import ClientError
 from consilience.core.federation import Federation, Split
-from consilience.core.messages import DeltaUpdate, Inbox, Job, Kind, Score, Work, kinds
+from consilience.core.messages import DeltaUpdate, Inbox, Job, Kind, Reply, Score, Work, kinds
 from consilience.core.method import Method, Phase
 from consilience.core.model import Pool, Weights
 from consilience.core.predict import Predictor
@@ -117,6 +117,14 @@ class Worker:
                 update, own = self.method.client_update(phase, site, message, own)
                 after = site.evaluate(self.method.trained_model(site, message, update, own))
         return before, after
+
+    def do_aggregate(
+        self, shared: Tree, phase: int, version: int, server: Tree, replies: Sequence[Reply], cohort: Sequence[int]
+    ) -> tuple[Tree, int, int]:
+        """The server's new state, and the samples and steps that it computed for it."""
+        host = self.host(version, self.program[phase].name)
+        new = self.method.aggregate(self.program[phase], host, server, replies, cohort)
+        return new, *host.computed
 
     def do_chunk(self, predictor: Predictor, start: int, stop: int) -> Chunk:
         """The global model on rows ``start`` to ``stop`` of the global test set."""

@@ -1,1 +1,52 @@
+"""All methods by name. Each is imported when it is first asked for."""
 
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from consilience.core.errors import ConfigError, nearest
+from consilience.core.method import Method
+
+_WHERE = {
+    "local": ("local", "Local"),
+    "centralised": ("centralised", "Centralised"),
+    "fedavg": ("fedavg", "FedAvg"),
+    "fedavgm": ("fedopt", "FedAvgM"),
+    "fedprox": ("fedprox", "FedProx"),
+    "fedadagrad": ("fedopt", "FedAdagrad"),
+    "fedadam": ("fedopt", "FedAdam"),
+    "fedyogi": ("fedopt", "FedYogi"),
+    "scaffold": ("scaffold", "Scaffold"),
+    "moon": ("moon", "Moon"),
+}
+
+NAMES = tuple(_WHERE)
+"""Names of all methods."""
+
+__all__ = ["NAMES", "every", "get"]
+
+
+def get(name: str) -> type[Method]:
+    """The method class called ``name``. Raises ConfigError with the nearest right name."""
+    if name not in _WHERE:
+        raise ConfigError(f"unknown method '{name}'{nearest(name, _WHERE)}")
+    module, attribute = _WHERE[name]
+    found: type[Method] = getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
+    return found
+
+
+def every() -> dict[str, type[Method]]:
+    """All method classes by name."""
+    return {name: get(name) for name in NAMES}
+
+
+def __getattr__(attribute: str) -> Any:
+    for name, (_, found) in _WHERE.items():
+        if found == attribute:
+            return get(name)
+    raise AttributeError(f"module 'consilience.methods' has no attribute '{attribute}'")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *(attribute for _, attribute in _WHERE.values())])

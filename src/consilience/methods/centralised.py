@@ -29,6 +29,7 @@ class Centralised(Method):
     source = "reference"
     year = 2017
     needs = Needs(pooled_data=True)
+    trains_on_server = True
 
     def broadcast(self, phase: Phase, server: ServerState, client: ClientInfo) -> None:
         """Nothing."""

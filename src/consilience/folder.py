@@ -1,0 +1,178 @@
+"""A run's folder: what is written while a run goes on, and read when it is resumed, judged or deployed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from consilience.core import checkpoint
+from consilience.core import tree as tr
+from consilience.core.errors import CheckpointError
+from consilience.core.federation import Federation
+from consilience.core.run import Refusal, Snapshot
+
+DRAWN = 2000
+"""Most clients whose class counts are written for the picture of the partition."""
+
+
+def versions() -> dict[str, str]:
+    """What the bits of a run depend on, beside the configuration."""
+    from consilience import __version__
+
+    return {
+        "consilience": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "platform": platform.platform(),
+    }
+
+
+def describe(federation: Federation) -> dict[str, Any]:
+    """A federation for the report: names, sizes, and class counts where there are not too many clients."""
+    n = federation.n_clients
+    about: dict[str, Any] = {
+        "name": federation.name,
+        "clients": n,
+        "classes": list(federation.task.classes) or [str(c) for c in range(federation.task.outputs)],
+        "unseen": sorted(federation.unseen),
+        "groups": None if federation.groups is None else list(federation.groups),
+        "names": list(federation.names),
+    }
+    if n <= DRAWN:
+        about["sizes"] = [federation.size(client) for client in range(n)]
+        if federation.task.kind == "classification":
+            k = federation.task.outputs
+            about["counts"] = [torch.bincount(federation.data(c).train.y, minlength=k).tolist() for c in range(n)]
+    return about
+
+
+class RunFolder:
+    """Writes a run's files, and knows how far they went at each checkpoint (a core ``Recorder``)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lines: list[dict[str, Any]] = []
+        self.clients: list[dict[str, Any]] = []
+
+    @classmethod
+    def create(cls, path: Path, config: Mapping[str, Any], federation: Federation) -> RunFolder:
+        """A new folder; on any error nothing is left of it."""
+        made = not path.exists()
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            from consilience.data.federation import save_partition
+
+            save_partition(path / "partition.json", federation)
+            checkpoint.write_atomically(path / "federation.json", json.dumps(describe(federation)))
+            checkpoint.write_atomically(path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+        except BaseException:
+            if made:
+                shutil.rmtree(path, ignore_errors=True)
+            raise
+        return cls(path)
+
+    @classmethod
+    def resume(cls, path: Path) -> tuple[RunFolder, Snapshot | None, float]:
+        """The folder cut back to its newest whole checkpoint, that checkpoint (None: from the start), and the
+        wall seconds spent until then."""
+        folder = cls(path)
+        try:
+            snapshot, notes = checkpoint.load(path / "checkpoint")
+        except CheckpointError:
+            if any((path / "checkpoint").glob("*.json")):
+                raise
+            snapshot, notes = None, {"history_bytes": 0, "clients_bytes": 0, "wall_s": 0.0}
+        folder.lines = _cut(path / "history.jsonl", notes["history_bytes"])
+        folder.clients = _cut(path / "clients.jsonl", notes["clients_bytes"])
+        return folder, snapshot, float(notes["wall_s"])
+
+    def line(self, record: dict[str, Any], clients: Sequence[dict[str, Any]]) -> None:
+        """Append a round to the history, and its clients."""
+        self.lines.append(record)
+        self.clients.extend(clients)
+        if clients:
+            _append(self.path / "clients.jsonl", clients)
+        _append(self.path / "history.jsonl", [record])
+
+    def refused(self, version: int, refusals: Sequence[Refusal]) -> None:
+        """Append updates that were dropped."""
+        _append(self.path / "refused.jsonl", [{"round": version, **refusal._asdict()} for refusal in refusals])
+
+    def checkpoint(self, snapshot: Snapshot) -> None:
+        """Save a generation."""
+        notes = {
+            "history_bytes": _length(self.path / "history.jsonl"),
+            "clients_bytes": _length(self.path / "clients.jsonl"),
+            "wall_s": self.lines[-1]["wall_s"] if self.lines else 0.0,
+        }
+        checkpoint.save(self.path / "checkpoint", snapshot.version, snapshot, notes)
+
+    def finish(self, snapshot: Snapshot) -> None:
+        """Write the digest: the mark of a run that is done."""
+        checkpoint.write_atomically(self.path / "digest.txt", digest_text(snapshot, self.lines))
+
+
+def digest_text(snapshot: Snapshot, lines: Sequence[Mapping[str, Any]]) -> str:
+    """Three lines: SHA-256 of the server's state, of all client states, and of the history without wall times."""
+    history = hashlib.sha256()
+    for line in lines:
+        kept = {key: value for key, value in line.items() if key != "wall_s"}
+        history.update(_json(kept, sort_keys=True).encode() + b"\n")
+    clients = {str(client): state for client, state in snapshot.states.items()}
+    return f"server {tr.digest(snapshot.server)}\nclients {tr.digest(clients)}\nhistory {history.hexdigest()}\n"
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSON-lines file; a last line that was cut off is left out."""
+    if not path.exists():
+        return []
+    found: list[dict[str, Any]] = []
+    for text in path.read_text().splitlines():
+        try:
+            found.append(json.loads(text))
+        except ValueError:
+            break
+    return found
+
+
+def _append(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    with path.open("a") as file:
+        file.writelines(_json(record) + "\n" for record in records)
+
+
+def _json(record: Any, *, sort_keys: bool = False) -> str:
+    return json.dumps(_plain(record), sort_keys=sort_keys, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no nan; a number that does not exist is null."""
+    if isinstance(value, dict):
+        return {key: _plain(child) for key, child in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(child) for child in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _length(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _cut(path: Path, size: int) -> list[dict[str, Any]]:
+    """Truncate to ``size`` bytes and read what is left."""
+    if path.exists():
+        os.truncate(path, min(size, path.stat().st_size))
+    return read_lines(path)

@@ -1,0 +1,77 @@
+"""Numbers made of scores: how the global model does, and how its quality is spread over clients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from consilience.core.federation import Task
+
+BINS = 15
+"""Bins of the calibration error."""
+
+
+class Standard:
+    """The measures every run reports."""
+
+    def of_global(self, task: Task, scores: Tensor, y: Tensor, loss: float, full: bool) -> dict[str, float]:
+        """Classification: accuracy, loss, macro-F1, calibration error, and (``full``) AUROC. Else loss and RMSE."""
+        if task.kind != "classification":
+            rmse = float((scores.reshape(len(y), -1) - y.reshape(len(y), -1)).double().square().mean().sqrt())
+            return {"loss": loss, "rmse": rmse}
+        found = {
+            "accuracy": float((scores.argmax(1) == y).double().mean()),
+            "loss": loss,
+            "macro_f1": macro_f1(scores.argmax(1), y, task.outputs),
+            "ece": calibration_error(scores, y),
+        }
+        if full:
+            found["auroc"] = auroc(scores, y)
+        return found
+
+    def across(self, values: Sequence[float], *, higher_is_better: bool) -> dict[str, float]:
+        """Mean, worst tenth, standard deviation and Jain index over clients, each client counting once."""
+        a = np.asarray(values, dtype=np.float64)
+        worst = np.sort(a if higher_is_better else -a)[: math.ceil(len(a) / 10)]
+        return {
+            "mean": float(a.mean()),
+            "worst10": float(worst.mean() if higher_is_better else -worst.mean()),
+            "std": float(a.std()),
+            "jain": jain(a),
+        }
+
+
+def macro_f1(predicted: Tensor, y: Tensor, classes: int) -> float:
+    """Mean over the classes that occur (in labels or predictions) of 2 TP / (2 TP + FP + FN)."""
+    pairs = torch.bincount(y * classes + predicted, minlength=classes * classes).reshape(classes, classes).double()
+    right, sums = pairs.diagonal(), pairs.sum(0) + pairs.sum(1)
+    return float((2 * right[sums > 0] / sums[sums > 0]).mean())
+
+
+def calibration_error(scores: Tensor, y: Tensor) -> float:
+    """Expected calibration error of the top class, 15 equal bins (Guo et al., ICML 2017, equation 3)."""
+    confidence, predicted = scores.double().softmax(1).max(1)
+    right = (predicted == y).double()
+    bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
+    gap = torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, right - confidence)
+    return float(gap.abs().sum() / len(y))
+
+
+def auroc(scores: Tensor, y: Tensor) -> float:
+    """Mean over the classes that occur of the area under the one-against-rest ROC curve; nan if only one occurs."""
+    from sklearn.metrics import roc_auc_score  # type: ignore[import-untyped]  # slow to import, seldom needed
+
+    probability = scores.double().softmax(1).numpy()
+    present = [c for c in range(scores.shape[1]) if 0 < int((y == c).sum()) < len(y)]
+    areas = [float(roc_auc_score((y == c).numpy(), probability[:, c])) for c in present]
+    return float(np.mean(areas)) if areas else math.nan
+
+
+def jain(values: np.ndarray) -> float:
+    """(sum x)^2 / (n sum x^2): 1 if all are equal, 1/n if one has everything (Jain et al., 1984)."""
+    squares = float((values**2).sum())
+    return float(values.sum() ** 2 / (len(values) * squares)) if squares else 1.0

@@ -1,0 +1,383 @@
+"""Run one method on one federation in simulation: the Python way in."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from consilience.core.errors import CheckpointError, ConfigError, NeedsError, nearest
+from consilience.core.evaluate import Evaluation
+from consilience.core.events import Instant, Schedule, cohort_size
+from consilience.core.executor import Executor
+from consilience.core.federation import Federation
+from consilience.core.method import Method
+from consilience.core.model import Architecture, Factory, SplitModel, Weights, check_factory
+from consilience.core.predict import Predictor
+from consilience.core.run import Refusal, Setup, Snapshot
+from consilience.core.run import run as run_loop
+from consilience.core.site import Place
+from consilience.core.streams import philox
+from consilience.core.worker import Worker, pooled
+from consilience.execute.processes import Processes, cores
+from consilience.execute.serial import Serial
+from consilience.folder import RunFolder, digest_text
+from consilience.measure.metrics import Standard
+from consilience.schedule.rounds import Rounds
+from consilience.wire.validate import Validation
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCHEDULES: dict[str, Callable[[], Schedule]] = {"rounds": Rounds}
+EXECUTORS = ("auto", "serial", "processes")
+
+
+class History(list[dict[str, Any]]):
+    """Lines of history, one per evaluated round."""
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A table with a row per line; nested keys are joined with dots, as in ``global.accuracy``."""
+        import pandas as pd
+
+        return pd.json_normalize(list(self))
+
+
+@dataclass
+class Result:
+    """What a run gave. history: see the files of a run. clients: a row per judged client and judged round.
+    snapshot: the final state. refused: updates that were dropped. folder: where it was written, if it was."""
+
+    method: Method
+    history: History
+    clients: list[dict[str, Any]]
+    snapshot: Snapshot
+    worker: Worker
+    refused: list[tuple[int, Refusal]] = field(default_factory=list)
+    folder: Path | None = None
+
+    @property
+    def server(self) -> Any:
+        """The server's final state."""
+        return self.snapshot.server
+
+    @property
+    def states(self) -> Mapping[int, Any]:
+        """Final state of each client that has one."""
+        return self.snapshot.states
+
+    @property
+    def global_model(self) -> Predictor | None:
+        """What the server would deploy."""
+        return self.method.global_model(self.server)
+
+    def predict(self, x: Tensor) -> Tensor:
+        """The global model's scores for inputs ``x``, ``(n, *shape)``."""
+        predictor = self.global_model
+        if predictor is None:
+            raise ConfigError(f"{self.method.name} has no global model")
+        return self.worker.host(self.snapshot.version, "predict").scores(predictor, x)
+
+    @property
+    def digest(self) -> str:
+        """Three lines: SHA-256 of server state, client states, and history without wall times."""
+        return digest_text(self.snapshot, self.history)
+
+
+Model = str | Factory | Architecture
+
+
+def run(
+    method: Method,
+    federation: Federation,
+    *,
+    model: Model = "mlp",
+    models: str | Sequence[Model] | None = None,
+    rounds: int = 50,
+    participation: float = 1.0,
+    schedule: str | Schedule | None = None,
+    topology: str = "complete",
+    eval_every: int = 1,
+    eval_clients_every: int = 10,
+    eval_clients: int | None = None,
+    checkpoint_every: int = 10,
+    executor: str = "auto",
+    workers: int | None = None,
+    init: Weights | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    resume: bool = False,
+    config: Mapping[str, Any] | None = None,
+    on_line: Callable[[dict[str, Any]], None] | None = None,
+) -> Result:
+    """Train ``method`` on ``federation`` and return a :class:`Result`.
+
+    model: the server's, by name, factory or Architecture; models: of the clients ("lenet*0.5,mlp*0.5", or one per
+    client), if not all have the server's. participation: a fraction (float, at most 1) or a count (int) of the
+    clients per round. out: a folder to write; resume: go on from the folder's newest checkpoint. config: what
+    config.yaml shall say. on_line: called with each line of history. The rest as in the command line.
+
+    Raises ConfigError, DataError or NeedsError before any work, ClientError if a client's own code fails.
+    """
+    worker = prepare(method, federation, model=model, models=models, topology=topology, init=init, seed=seed)
+    _check_counts(rounds, participation, eval_every, eval_clients_every)
+    path = None if out is None else Path(out)
+    recorder, snapshot, spent = _recorder(path, resume, config or {}, federation)
+    keeper = _Keeper(recorder, on_line)
+    setup = Setup(
+        rounds=rounds,
+        cohort=cohort_size(participation, len(federation.seen)),
+        schedule=_schedule(schedule or method.schedule),
+        clock=Instant(),
+        measures=Standard(),
+        recorder=keeper,
+        stages=(Validation(worker.place),),
+        evaluation=Evaluation(eval_every, eval_clients_every, eval_clients, worker.place.chunk),
+        checkpoint_every=checkpoint_every if recorder is not None else 0,
+        failpoint=failpoint,
+        elapsed=spent,
+    )
+    with single_thread():
+        place = make_executor(executor, worker, workers)
+        try:
+            last = run_loop(place, setup, snapshot)
+        finally:
+            place.close()
+    if recorder is not None:
+        recorder.finish(last)
+    return Result(method, History(keeper.lines), keeper.clients, last, worker, keeper.dropped, path)
+
+
+def prepare(
+    method: Method,
+    federation: Federation,
+    *,
+    model: Model = "mlp",
+    models: str | Sequence[Model] | None = None,
+    topology: str = "complete",
+    init: Weights | None = None,
+    seed: int = 0,
+    chunk: int = 500,
+) -> Worker:
+    """Everything that client work needs, checked: architectures, initial weights, topology, the method's needs."""
+    own = resolve(model, federation)
+    assigned = None if models is None else _assign(models, federation, seed)
+    architectures = {own.name: own} | {a.name: a for a in assigned or ()}
+    offered = Offer(federation, architectures, own.build())
+    offered.check(method)
+    if init is not None:
+        _check_init(own, init)
+    mixing = None
+    if any(phase.over == "neighbours" for phase in method.program()):
+        from consilience.fleet.topology import mixing as weights
+
+        mixing = weights(topology, federation.n_clients)
+    place = Place(
+        task=federation.task,
+        method=method,
+        architectures=architectures,
+        models=None if assigned is None else tuple(a.name for a in assigned),
+        seed=seed,
+        initial=init,
+        chunk=chunk,
+        public=federation.public,
+        n_clients=len(federation.seen),
+        topology=mixing,
+        pooled=pooled(federation) if method.needs.pooled_data else None,
+    )
+    return Worker(place, federation, method.program())
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a federation offers to methods."""
+
+    federation: Federation
+    architectures: Mapping[str, Architecture]
+    module: torch.nn.Module
+
+    def missing(self, method: type[Method] | Method) -> list[str]:
+        """What ``method`` needs and is not there, in words."""
+        needs, task = method.needs, self.federation.task
+        lacks = [
+            (needs.same_architecture and len(self.architectures) > 1, "one architecture for all clients"),
+            (needs.split_model and not isinstance(self.module, SplitModel), "a split model (features and head)"),
+            (needs.public_data and self.federation.public is None, "public data (--public N)"),
+            (needs.classification and task.kind != "classification", "a classification task"),
+            (needs.loss and task.kind == "operator", "a task with a loss"),
+        ]
+        return [words for lacking, words in lacks if lacking]
+
+    def check(self, method: Method) -> None:
+        """Raise NeedsError, naming the methods that would fit."""
+        from consilience import methods
+
+        lacks = self.missing(method)
+        if lacks:
+            fit = [name for name, cls in methods.every().items() if not self.missing(cls)]
+            raise NeedsError(
+                f"{method.name} needs {' and '.join(lacks)}, which this federation does not offer\n"
+                f"methods that fit it: {', '.join(fit) or 'none'}"
+            )
+
+
+def resolve(model: Model, federation: Federation) -> Architecture:
+    """An architecture for this federation's inputs and outputs."""
+    from consilience import models
+
+    if isinstance(model, Architecture):
+        return model
+    if isinstance(model, str):
+        return models.architecture(model, federation.input_shape, federation.task.outputs)
+    name = getattr(model, "__qualname__", type(model).__name__)
+    return Architecture(name, check_factory(model, name), federation.input_shape, federation.task.outputs)
+
+
+def _assign(models: str | Sequence[Model], federation: Federation, seed: int) -> list[Architecture]:
+    """The architecture of each client."""
+    n = federation.n_clients
+    if not isinstance(models, str):
+        if len(models) != n:
+            raise ConfigError(f"models: {len(models)} given for {n} clients; give one for each")
+        return [resolve(model, federation) for model in models]
+    names: list[str] = []
+    shares: list[float] = []
+    for part in models.split(","):
+        name, _, share = part.strip().partition("*")
+        try:
+            shares.append(float(share or 1.0))
+        except ValueError:
+            raise ConfigError(f"--models: '{part}' is not NAME*SHARE, as in lenet*0.5,mlp*0.5") from None
+        names.append(name)
+    if min(shares) <= 0:
+        raise ConfigError(f"--models '{models}': shares must be above 0")
+    exact = [share / sum(shares) * n for share in shares]
+    counts = [int(e) for e in exact]
+    for i in sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])[: n - sum(counts)]:
+        counts[i] += 1
+    dealt = [name for name, count in zip(names, counts, strict=True) for _ in range(count)]
+    order = philox(seed, "architectures").permutation(n)
+    known = {name: resolve(name, federation) for name in names}
+    return [known[dealt[i]] for i in order]
+
+
+def _check_init(architecture: Architecture, init: Weights) -> None:
+    own = architecture.initial(0)
+    for given, wanted in ((init.params, own.params), (init.buffers, own.buffers)):
+        if {k: v.shape for k, v in given.items()} != {k: v.shape for k, v in wanted.items()}:
+            raise ConfigError(f"--init: these weights are not of model '{architecture.name}' for this federation")
+
+
+def _check_counts(rounds: int, participation: float, eval_every: int, eval_clients_every: int) -> None:
+    if rounds < 1:
+        raise ConfigError(f"rounds={rounds}: at least 1")
+    if isinstance(participation, float) and not 0 < participation <= 1:
+        raise ConfigError(f"participation={participation}: a fraction is above 0 and at most 1 (a count has no point)")
+    if participation < 1 and isinstance(participation, int):
+        raise ConfigError(f"participation={participation}: a count is at least 1")
+    if eval_every < 1 or eval_clients_every < 0:
+        raise ConfigError("eval_every is at least 1 round, eval_clients_every at least 0 (0: only at the end)")
+
+
+def _schedule(schedule: str | Schedule) -> Schedule:
+    if not isinstance(schedule, str):
+        return schedule
+    if schedule not in SCHEDULES:
+        raise ConfigError(f"unknown schedule '{schedule}'{nearest(schedule, SCHEDULES)}")
+    return SCHEDULES[schedule]()
+
+
+def make_executor(name: str, worker: Worker, workers: int | None) -> Executor:
+    """An executor by name; "auto" is one process per core, or none beside this on a single core."""
+    if name not in EXECUTORS:
+        raise ConfigError(f"unknown executor '{name}'{nearest(name, EXECUTORS)}")
+    count = cores() if workers is None else workers
+    if count < 1:
+        raise ConfigError(f"workers={count}: at least 1")
+    if name == "serial" or (name == "auto" and count == 1):
+        return Serial(worker)
+    return Processes(worker, count)
+
+
+@contextlib.contextmanager
+def single_thread() -> Iterator[None]:
+    """One torch thread inside: results must not depend on how many there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def failpoint(name: str) -> None:
+    """Die here if CONSILIENCE_FAILPOINT says so ("name" or "name:count", for tests of resuming)."""
+    wanted, _, count = os.environ.get("CONSILIENCE_FAILPOINT", "").partition(":")
+    if wanted == name:
+        _reached[name] = _reached.get(name, 0) + 1
+        if _reached[name] >= int(count or 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+_reached: dict[str, int] = {}
+
+
+class _Keeper:
+    """Keeps lines in memory, and passes them to a folder and a listener if there are any."""
+
+    def __init__(self, folder: RunFolder | None, on_line: Callable[[dict[str, Any]], None] | None) -> None:
+        self._folder, self._on_line = folder, on_line
+        self.lines = folder.lines if folder is not None else []
+        self.clients = folder.clients if folder is not None else []
+        self.dropped: list[tuple[int, Refusal]] = []
+
+    def line(self, record: dict[str, Any], clients: Sequence[dict[str, Any]]) -> None:
+        """A round was evaluated."""
+        if self._folder is not None:
+            self._folder.line(record, clients)
+        else:
+            self.lines.append(record)
+            self.clients.extend(clients)
+        if self._on_line is not None:
+            self._on_line(record)
+
+    def refused(self, version: int, refusals: Sequence[Refusal]) -> None:
+        """Updates were dropped."""
+        self.dropped.extend((version, refusal) for refusal in refusals)
+        if self._folder is not None:
+            self._folder.refused(version, refusals)
+
+    def checkpoint(self, snapshot: Snapshot) -> None:
+        """A good moment to save."""
+        failpoint("checkpoint")
+        if self._folder is not None:
+            self._folder.checkpoint(snapshot)
+
+
+def _recorder(
+    path: Path | None, resume: bool, config: Mapping[str, Any], federation: Federation
+) -> tuple[RunFolder | None, Snapshot | None, float]:
+    """Where to write, what to go on from, and the wall seconds already spent."""
+    if path is None:
+        return None, None, 0.0
+    stamp = {"fingerprint": federation.fingerprint()}
+    if not resume:
+        if (path / "config.yaml").exists():
+            raise ConfigError(f"{path} already holds a run; give another --out, or resume it")
+        return RunFolder.create(path, {**config, **stamp}, federation), None, 0.0
+    import yaml
+
+    try:
+        written = yaml.safe_load((path / "config.yaml").read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path}: no run to resume ({error})") from error
+    if written.get("fingerprint") != stamp["fingerprint"]:
+        raise CheckpointError(f"{path}: this run began on other data or another partition; resume it on the same")
+    return RunFolder.resume(path)

@@ -1,0 +1,87 @@
+"""Validation before arithmetic: an update that cannot be right costs its client, never the round."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from consilience.core import tree as tr
+from consilience.core.messages import Kind, Reply, kinds
+from consilience.core.model import Params, Weights
+from consilience.core.run import Refusal
+from consilience.core.site import Place
+from consilience.core.tree import Tree
+
+
+class Validation:
+    """Drops replies whose models or differences do not fit their client's architecture (names, shapes, dtypes), or
+    that hold a number that is not finite; says which client, field and why."""
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self._specs: dict[str, Weights] = {}
+
+    def __call__(self, replies: Sequence[Reply], server: Tree) -> tuple[list[Reply], list[Refusal]]:
+        """The good replies, and the bad ones with reasons."""
+        good: list[Reply] = []
+        bad: list[Refusal] = []
+        for reply in replies:
+            wrong = self._wrong(reply)
+            if wrong is None:
+                good.append(reply)
+            else:
+                bad.append(Refusal(reply.job.client, *wrong))
+        return good, bad
+
+    def _wrong(self, reply: Reply) -> tuple[str, str] | None:
+        update = reply.update
+        if tr.is_record(update):
+            for name, kind in kinds(type(update)).items():
+                found = self._misfit(getattr(update, name), kind, reply.job.client)
+                if found is not None:
+                    return f"{name}.{found[0]}", found[1]
+        for path, leaf in tr.items(update):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point() and not _finite(leaf):
+                return path, "holds numbers that are not finite"
+            if isinstance(leaf, float) and leaf - leaf != 0:
+                return path, f"is {leaf}"
+        return None
+
+    def _misfit(self, value: Any, kind: Kind, client: int) -> tuple[str, str] | None:
+        spec = self._spec(client)
+        if kind is Kind.MODEL and isinstance(value, Weights):
+            return _compare(value.params, spec.params) or (
+                _compare(value.buffers, spec.buffers) if value.buffers else None
+            )
+        if kind in (Kind.DELTA, Kind.CONTROL) and isinstance(value, dict):
+            return _compare(value, spec.params)
+        return None
+
+    def _spec(self, client: int) -> Weights:
+        name = self._place.model_of(client)
+        if name not in self._specs:
+            self._specs[name] = self._place.architectures[name].initial(0)
+        return self._specs[name]
+
+
+def _finite(tensor: Tensor) -> bool:
+    # A sum is ten times faster than looking at every number, and only overflow makes it cry wolf.
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+
+
+def _compare(found: Params, spec: Params) -> tuple[str, str] | None:
+    """The first thing about ``found`` that is not as in ``spec``: (name, reason)."""
+    for name in found.keys() | spec.keys():
+        if name not in found:
+            return name, "is missing"
+        if name not in spec:
+            return name, "is not a parameter of this client's model"
+        a, b = found[name], spec[name]
+        if not isinstance(a, Tensor) or a.shape != b.shape:
+            return name, f"has shape {tuple(getattr(a, 'shape', ()))}, not {tuple(b.shape)}"
+        if a.dtype != b.dtype:
+            return name, f"has dtype {a.dtype}, not {b.dtype}"
+    return None
