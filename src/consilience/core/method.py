@@ -11,9 +11,8 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_type_hints
 
-from annotated_types import Ge, Gt, Le
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from consilience.core import tree as tr
@@ -23,6 +22,7 @@ from consilience.core.messages import Broadcast, ClientInfo, DeltaUpdate, Inbox,
 from consilience.core.model import Weights
 from consilience.core.predict import Net, Predictor
 from consilience.core.reduce import sample_weights, uniform_weights, weighted_sum
+from consilience.core.training import Training
 from consilience.core.tree import Tree, record
 
 if TYPE_CHECKING:
@@ -79,13 +79,8 @@ def _validators(cls: type) -> dict[str, TypeAdapter[Any]]:
     return {f.name: TypeAdapter(hints[f.name], config=strict) for f in dataclasses.fields(cls)}
 
 
-def option(default: Any, text: str) -> Any:
-    """A hyper-parameter with its default and what it means."""
-    return dataclasses.field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True)
-class Method:
+class Method(Training):
     """Federated averaging, and the base of every method.
 
     Server state: x. Each round: clients get x, train locally to y_i and send it; the server sets
@@ -101,19 +96,6 @@ class Method:
     schedule: ClassVar[str] = "rounds"
     trains_on_server: ClassVar[bool] = False
     """Whether ``aggregate`` trains, so that it should run where client work runs."""
-
-    lr: Annotated[float, Gt(0)] = option(0.05, "local step size")
-    batch_size: Annotated[int, Ge(1)] = option(32, "rows in one local step")
-    local_epochs: Annotated[int, Ge(1)] = option(1, "passes over the local data in a round")
-    local_steps: Annotated[int, Ge(1)] | None = option(None, "local steps in a round, instead of epochs")
-    optimizer: str = option("sgd", "local optimiser: of torch.optim or pytorch-optimizer")
-    momentum: Annotated[float, Ge(0), Le(1)] = option(0.0, "local momentum; starts anew each round")
-    weight_decay: Annotated[float, Ge(0)] = option(0.0, "L2 term of the local objective")
-    clip: Annotated[float, Gt(0)] | None = option(None, "largest norm of a raw gradient")
-    lr_decay: Annotated[float, Gt(0), Le(1)] = option(1.0, "factor on lr after each round")
-    weights: Literal["samples", "uniform"] = option("samples", "a client's weight: n_k / sum n, or 1 / cohort")
-    form: Literal["model", "delta"] = option("model", "clients send models or differences")
-    buffers: Literal["average", "local"] = option("average", "BatchNorm statistics: averaged like weights, or kept")
 
     def __post_init__(self) -> None:
         for key, adapter in _validators(type(self)).items():  # type: ignore[arg-type]

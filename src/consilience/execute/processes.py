@@ -49,7 +49,7 @@ def fork_is_safe() -> bool:
     """Whether a forked child can train: not where the parent's autograd has already run, nor without fork."""
     if "fork" not in multiprocessing.get_all_start_methods():
         return False
-    with _quiet_fork():
+    with quiet_fork():
         pid = os.fork()
     if pid == 0:
         code = 1
@@ -62,7 +62,7 @@ def fork_is_safe() -> bool:
 
 
 @contextlib.contextmanager
-def _quiet_fork() -> Any:
+def quiet_fork() -> Any:
     """Newer Pythons warn of forking beside threads; the probe above has tried that it works here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -160,8 +160,7 @@ class Processes(Executor):
         self._done: dict[int, Tree] = {}
         self._shared: dict[int, _Shared] = {}
         self._next, self._made, self._written = 0, 0, 0
-        safe = fork_is_safe()
-        self._context: Any = multiprocessing.get_context("fork") if safe else _fresh_context()
+        self._context = start_context()
         self._children: list[_Child] = []
         for _ in range(workers):
             self._children.append(self._spawn())
@@ -207,7 +206,7 @@ class Processes(Executor):
         inherited = [child.pipe for child in self._children] + [ours] if forked else []
         args = (self.worker, theirs, self._folder, f"w{self._made}", inherited)
         process = self._context.Process(target=_serve, args=args, daemon=True)
-        with _quiet_fork():
+        with quiet_fork():
             process.start()
         theirs.close()
         return _Child(process, ours)
@@ -271,7 +270,7 @@ class Processes(Executor):
                 raise ClientError(*what)
             if kind == "failed":
                 raise WorkerError(f"a worker failed in '{out.call.name}': {what[0]}\n{what[1]}")
-            data = self._mapped.watched(*what, child.free) if what[0] else body
+            data = self._mapped.watched(what[0], what[1], child.free) if what[0] else body
             self._done[ticket] = decode(data, copy=False)
 
     def _replace(self, dead: _Child) -> None:
@@ -302,8 +301,10 @@ class _Shared:
     users: int = 0
 
 
-def _fresh_context() -> Any:
-    """Workers that start from a clean process, with the slow imports done once."""
+def start_context() -> Any:
+    """How to start a process: a fork where that is safe, else from a clean process with the slow imports done."""
+    if fork_is_safe():
+        return multiprocessing.get_context("fork")
     import torch.multiprocessing as torch_mp
 
     methods = multiprocessing.get_all_start_methods()

@@ -31,12 +31,8 @@ def neighbours(name: str, n: int) -> list[set[int]]:
 
 def _around(i: int, rows: int, cols: int) -> set[int]:
     r, c = divmod(i, cols)
-    return {
-        ((r + 1) % rows) * cols + c,
-        ((r - 1) % rows) * cols + c,
-        r * cols + (c + 1) % cols,
-        r * cols + (c - 1) % cols,
-    }
+    below, above, left, right = (r + 1) % rows, (r - 1) % rows, (c - 1) % cols, (c + 1) % cols
+    return {below * cols + c, above * cols + c, r * cols + right, r * cols + left}
 
 
 def mixing(name: str, n: int) -> Weights:

@@ -64,7 +64,7 @@ def bca_interval(values: Sequence[float], level: float = 0.95, resamples: int = 
             confidence_level=level,
             n_resamples=resamples,
             method="BCa",
-            rng=numpy.random.default_rng(0),
+            random_state=numpy.random.default_rng(0),
         )
         .confidence_interval
     )
@@ -182,8 +182,8 @@ class Scores:
 
 
 def last_clients(run: Recorded) -> dict[int, Mapping[str, Any]]:
-    """The last line of every client that took part in training, by client."""
-    return {int(line["client"]): line for line in run.clients if line.get("seen", True)}
+    """The last line of every client that took part in training and has test data, by client."""
+    return {int(line["client"]): line for line in run.clients if line.get("seen", True) and line.get("n", 1)}
 
 
 def last_of(run: Recorded, *keys: str) -> float | None:
@@ -198,24 +198,18 @@ def last_of(run: Recorded, *keys: str) -> float | None:
 
 
 def final_scores(runs: Sequence[Recorded]) -> Scores:
-    """Global accuracy if every run has a global model, else the unweighted client mean; loss where there is none."""
-    lower = not any(
-        last_of(run, "global", "accuracy") is not None
-        or any(line.get("accuracy") is not None for line in run.clients)
-        or last_of(run, "clients", "mean") is not None
-        for run in runs
-    )
+    """Global accuracy if every run has a global model, else the unweighted client mean; loss where there is none.
+
+    A run that diverged to no number has no score.
+    """
+    lines = [line for run in runs for line in (run.history[-1].get("global"), *run.clients) if line]
+    lower = bool(lines) and not any(line.get("accuracy") is not None for line in lines)
     metric = "global" if all(run.history[-1].get("global") for run in runs) else "clients.mean"
+    keys = ("global", "loss" if lower else "accuracy") if metric == "global" else ("clients", "mean")
     values: dict[str, dict[int, float]] = {}
     for run in runs:
-        if metric == "global":
-            score = last_of(run, "global", "loss" if lower else "accuracy")
-        elif not lower:
-            score = last_of(run, "clients", "mean")
-        else:
-            losses = [float(line["loss"]) for line in last_clients(run).values()]
-            score = fmean(losses) if losses else None
-        if score is not None:
+        score = last_of(run, *keys)
+        if score is not None and math.isfinite(score):
             values.setdefault(run.label, {})[run.seed] = score
     return Scores(metric, lower, values)
 
@@ -223,15 +217,17 @@ def final_scores(runs: Sequence[Recorded]) -> Scores:
 def leaderboard(runs: Sequence[Recorded]) -> list[dict[str, Any]]:
     """One row a method, best first, with the keys of ``leaderboard.json``; means are over seeds.
 
-    A task without accuracy has ``accuracy`` None and its ``loss`` and ``loss_ci`` beside it.
+    A task without accuracy has ``accuracy`` None and its ``loss`` and ``loss_ci`` beside it. A method without any
+    score comes last.
     """
     scores = final_scores(runs)
     rows = []
-    for label, by_seed in scores.values.items():
+    for label in dict.fromkeys(run.label for run in runs):
         own = [run for run in runs if run.label == label]
+        by_seed = scores.values.get(label, {})
         values = [by_seed[seed] for seed in sorted(by_seed)]
         interval = mean_interval(values)
-        score, ci = fmean(values), None if interval is None else list(interval)
+        score, ci = _mean(values), None if interval is None else list(interval)
         last = [run.history[-1] for run in own]
         row: dict[str, Any] = {
             "method": label,
@@ -248,9 +244,10 @@ def leaderboard(runs: Sequence[Recorded]) -> list[dict[str, Any]]:
         if scores.lower:
             row |= {"loss": score, "loss_ci": ci}
         rows.append(row)
-    return sorted(rows, key=lambda r: (r["loss"] if scores.lower else -r["accuracy"], r["method"]))
+    key, sign = ("loss", 1) if scores.lower else ("accuracy", -1)
+    return sorted(rows, key=lambda r: (r[key] is None, sign * (r[key] or 0.0), r["method"]))
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    known = [v for v in values if v is not None]
+    known = [v for v in values if v is not None and math.isfinite(v)]
     return fmean(known) if known else None

@@ -13,9 +13,10 @@ from annotated_types import Ge, Gt, Lt
 from consilience.core import tree as tr
 from consilience.core.errors import ConfigError
 from consilience.core.messages import Reply
-from consilience.core.method import Method, Phase, keep_buffers, option
+from consilience.core.method import Method, Phase, keep_buffers
 from consilience.core.model import Params, Weights
 from consilience.core.site import Host
+from consilience.core.training import option
 from consilience.core.tree import record
 
 

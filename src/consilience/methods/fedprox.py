@@ -8,9 +8,10 @@ from typing import Annotated
 from annotated_types import Ge, Le
 
 from consilience.core.fit import Batch, Grad, Plan, n_steps
-from consilience.core.method import Method, option
+from consilience.core.method import Method
 from consilience.core.model import Params
 from consilience.core.site import Site
+from consilience.core.training import option
 from consilience.core.tree import Tree
 from consilience.parts.losses import proximal
 

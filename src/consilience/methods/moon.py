@@ -10,9 +10,10 @@ from annotated_types import Ge, Gt
 from torch import Tensor
 
 from consilience.core.fit import Batch, Models, Plan
-from consilience.core.method import Method, Needs, Phase, option
+from consilience.core.method import Method, Needs, Phase
 from consilience.core.model import Weights
 from consilience.core.site import Site
+from consilience.core.training import option
 from consilience.core.tree import Tree
 from consilience.parts.losses import model_contrast
 

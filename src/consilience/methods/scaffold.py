@@ -12,11 +12,12 @@ from annotated_types import Gt
 from consilience.core import tree as tr
 from consilience.core.fit import Batch, Fit, Grad, Plan
 from consilience.core.messages import ClientInfo, Control, Delta, Model, Reply, Stat
-from consilience.core.method import Method, Phase, keep_buffers, option
+from consilience.core.method import Method, Phase, keep_buffers
 from consilience.core.model import Params, Weights
 from consilience.core.predict import Net, Predictor
 from consilience.core.reduce import weighted_sum
 from consilience.core.site import Host, Site
+from consilience.core.training import option
 from consilience.core.tree import record
 
 

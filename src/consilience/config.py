@@ -1,0 +1,157 @@
+"""What can be configured: the options of the command line, which are the keys of configuration files.
+
+One pydantic model checks both; unknown keys are refused with the nearest right one. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from consilience.core.errors import ConfigError, nearest
+from consilience.core.training import Training
+
+
+def _number(value: Any) -> Any:
+    """A string with a decimal point is a fraction, without one a count."""
+    if isinstance(value, str):
+        try:
+            return int(value) if value.lstrip("+-").isdigit() else float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return value
+
+
+Share = Annotated[int | float, BeforeValidator(_number)]
+Listed = Annotated[list[str], BeforeValidator(_listed)]
+
+
+class Config(BaseModel):
+    """Everything about a run but its method."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    data: str = Field("digits", description="a data set by name, or a csv, parquet or npz file, or a folder of them")
+    model: str = Field("mlp", description="the server's model, and everybody's without --models")
+    models: str | None = Field(None, description="the clients' models, as in lenet*0.5,mlp*0.5")
+    clients: int = Field(10, ge=1, description="how many clients")
+    partition: str = Field("iid", description="who holds what: parts joined with +, as in dirichlet:0.1+rotate:4")
+    split: Annotated[tuple[float, float, float], BeforeValidator(_listed)] = Field(
+        (0.8, 0.1, 0.1), description="shares of each client's rows to train, validate and test on"
+    )
+    sensitive: Listed = Field([], description="columns kept as sensitive attributes")
+    public: int = Field(0, ge=0, description="unlabelled rows that everybody may see")
+    unseen: Share = Field(0, ge=0, description="clients that never train: a fraction or a count")
+    participation: Share = Field(1.0, gt=0, description="clients a round: a fraction (with a point) or a count")
+    rounds: int = Field(50, ge=1, description="server updates to make")
+    eval_every: int = Field(1, ge=1, description="rounds between judgements of the global model")
+    eval_clients_every: int = Field(10, ge=0, description="rounds between judgements of clients; 0: only the end")
+    eval_clients: int | None = Field(None, ge=1, description="clients judged (all)")
+    schedule: Literal["rounds"] | None = Field(None, description="when the server combines (the method's)")
+    topology: str = Field("complete", description="who exchanges with whom, for methods without a server")
+    init: str | None = Field(None, description="a safetensors file to start from")
+    seed: int = Field(0, ge=0, description="of everything random")
+    seeds: int = Field(1, ge=1, description="repetitions, with seeds seed, seed + 1, ...")
+    executor: Literal["auto", "serial", "processes"] = Field("auto", description="where clients run")
+    workers: int | None = Field(None, ge=1, description="worker processes (cores)")
+    checkpoint_every: int = Field(10, ge=0, description="rounds between checkpoints; 0: only at the end")
+    out: str | None = Field(None, description="folder to write (runs/...)")
+
+
+TRAINING = {f.name: f for f in dataclasses.fields(Training)}
+"""Training options: fields of every method, that a run's configuration may set for all."""
+
+COMPARE_KEYS = {"methods": "a list of METHOD[:key=value,...]", "reference": "a method to compare with"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A checked configuration, the training options that were given, and what only ``compare`` takes."""
+
+    config: Config
+    training: Mapping[str, Any]
+    methods: tuple[str, ...] = ()
+    reference: str | None = None
+
+    def flat(self) -> dict[str, Any]:
+        """As one mapping, as configuration files have it."""
+        found = self.config.model_dump(mode="json")
+        found["split"] = list(self.config.split)
+        return {**found, **self.training}
+
+
+def settle(given: Mapping[str, Any], file: str | Path | None = None) -> Settings:
+    """Settings from options (None: not given) over a YAML file's keys over the defaults. Raises ConfigError."""
+    values: dict[str, Any] = {} if file is None else read_yaml(Path(file))
+    values = {key.replace("-", "_"): value for key, value in values.items()}
+    values.update({key: value for key, value in given.items() if value is not None})
+    known = [*Config.model_fields, *TRAINING, *COMPARE_KEYS]
+    for key in values:
+        if key not in known:
+            where = f"{file}: " if file is not None else ""
+            raise ConfigError(f"{where}unknown option '{key}'{nearest(key, known)}")
+    names = values.pop("methods", None) or ()
+    reference = values.pop("reference", None)
+    training = {key: values.pop(key) for key in list(values) if key in TRAINING}
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from None
+    if isinstance(config.participation, float) and config.participation > 1:
+        raise ConfigError(f"--participation {config.participation}: a fraction is at most 1.0; a count has no point")
+    return Settings(config, training, tuple(_spec(name) for name in names), reference)
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = str(first["loc"][0])
+    description = Config.model_fields[key].description
+    return f"--{key.replace('_', '-')} {first['input']!r}: {first['msg'].lower()} ({description})"
+
+
+def _spec(entry: Any) -> str:
+    """A method entry of a file: a string, or a mapping with ``name`` and its options."""
+    if isinstance(entry, str):
+        return entry
+    if isinstance(entry, Mapping) and isinstance(entry.get("name"), str):
+        options = ",".join(f"{key}={value}" for key, value in entry.items() if key != "name")
+        return f"{entry['name']}:{options}" if options else entry["name"]
+    raise ConfigError(f"methods: {entry!r} is neither METHOD[:key=value,...] nor a mapping with a name")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises ConfigError."""
+    import yaml
+
+    try:
+        found = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise ConfigError(f"{path}: a configuration is a mapping of options to values")
+    return found
+
+
+def parse_method(text: str) -> tuple[str, dict[str, str]]:
+    """``name:key=value,...`` as (name, options)."""
+    name, _, rest = text.partition(":")
+    options: dict[str, str] = {}
+    for part in rest.split(",") if rest else ():
+        key, equals, value = part.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"method '{text}': '{part}' is not key=value")
+        options[key.strip().replace("-", "_")] = value.strip()
+    return name.strip(), options

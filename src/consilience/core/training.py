@@ -1,0 +1,32 @@
+"""The hyper-parameters that every method has. Kept apart from torch, so that the command line starts at once."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le
+
+
+def option(default: Any, text: str) -> Any:
+    """A hyper-parameter with its default and what it means."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Training:
+    """How clients train, and how what they send is combined."""
+
+    lr: Annotated[float, Gt(0)] = option(0.05, "local step size")
+    batch_size: Annotated[int, Ge(1)] = option(32, "rows in one local step")
+    local_epochs: Annotated[int, Ge(1)] = option(1, "passes over the local data in a round")
+    local_steps: Annotated[int, Ge(1)] | None = option(None, "local steps in a round, instead of epochs")
+    optimizer: str = option("sgd", "local optimiser: of torch.optim or pytorch-optimizer")
+    momentum: Annotated[float, Ge(0), Le(1)] = option(0.0, "local momentum; starts anew each round")
+    weight_decay: Annotated[float, Ge(0)] = option(0.0, "L2 term of the local objective")
+    clip: Annotated[float, Gt(0)] | None = option(None, "largest norm of a raw gradient")
+    lr_decay: Annotated[float, Gt(0), Le(1)] = option(1.0, "factor on lr after each round")
+    weights: Literal["samples", "uniform"] = option("samples", "a client's weight: n_k / sum n, or 1 / cohort")
+    form: Literal["model", "delta"] = option("model", "clients send models or differences")
+    buffers: Literal["average", "local"] = option("average", "BatchNorm statistics: averaged like weights, or kept")

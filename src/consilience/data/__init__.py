@@ -1,0 +1,1 @@
+"""Federations from arrays, files and names: partitioners, preprocessing and data sets."""

@@ -1,0 +1,337 @@
+"""From a configuration to runs on disk: one, or methods x seeds side by side."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import queue
+import re
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from consilience.config import Config, Settings, parse_method, read_yaml, settle
+from consilience.core.checkpoint import write_atomically
+from consilience.core.errors import ClientError, ConfigError, ConsilienceError, nearest
+
+OnLine = Callable[[str, dict[str, Any]], None]
+"""Called with a run's label and each line of its history."""
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One run: a method with its own options, a seed, and everything else."""
+
+    label: str
+    method: str
+    options: Mapping[str, Any]
+    config: Config
+
+    @property
+    def name(self) -> str:
+        """Its folder in a comparison, and its name in the progress display."""
+        return f"{re.sub(r'[^A-Za-z0-9._=-]+', '_', self.label)}-seed{self.config.seed}"
+
+    def file(self, command: str) -> dict[str, Any]:
+        """What config.yaml says."""
+        from consilience.folder import versions
+
+        flat = {**Settings(self.config, {}).flat(), "out": None, "seeds": 1}
+        return {
+            "method": self.method,
+            "label": self.label,
+            "options": dict(self.options),
+            **flat,
+            "command": command,
+            "versions": versions(),
+        }
+
+
+def specs(settings: Settings, names: Sequence[str]) -> list[RunSpec]:
+    """A run for each method and seed, checked: methods exist, options are right, nothing is asked for twice."""
+    from consilience import methods
+
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ConfigError(f"method '{twice}' is given twice")
+    if settings.reference is not None and settings.reference not in names:
+        raise ConfigError(
+            f"reference '{settings.reference}' is not among the methods{nearest(settings.reference, names)}"
+        )
+    found = []
+    for text in names:
+        name, own = parse_method(text)
+        method = methods.get(name)
+        options = {**settings.training, **own}
+        made = method.make(options)
+        options = {key: getattr(made, key) for key in options}
+        for k in range(settings.config.seeds):
+            config = settings.config.model_copy(update={"seed": settings.config.seed + k, "seeds": 1})
+            found.append(RunSpec(text, name, options, config))
+    return found
+
+
+def make_federation(config: Config) -> Any:
+    """The federation of a configuration."""
+    from consilience.data.datasets import make_federation as make
+
+    return make(
+        config.data,
+        clients=config.clients,
+        partition=config.partition,
+        split=config.split,
+        public=config.public,
+        unseen=config.unseen,
+        sensitive=config.sensitive,
+        seed=config.seed,
+    )
+
+
+def _arguments(spec: RunSpec, federation: Any) -> dict[str, Any]:
+    """The arguments that :func:`consilience.simulate.prepare` and ``run`` share."""
+    config = spec.config
+    init = None
+    if config.init is not None:
+        from consilience.exporting import read_weights
+        from consilience.simulate import resolve
+
+        init = read_weights(Path(config.init), resolve(config.model, federation))
+    return {
+        "model": config.model,
+        "models": config.models,
+        "topology": config.topology,
+        "seed": config.seed,
+        "init": init,
+    }
+
+
+def check(spec: RunSpec, federation: Any) -> Any:
+    """Refuse what cannot run, before anything is written; returns the worker, for planning."""
+    from consilience import methods
+    from consilience.simulate import prepare
+
+    return prepare(methods.get(spec.method).make(dict(spec.options)), federation, **_arguments(spec, federation))
+
+
+def execute(
+    spec: RunSpec,
+    folder: Path,
+    *,
+    command: str = "",
+    resume: bool = False,
+    executor: str | None = None,
+    on_line: Callable[[dict[str, Any]], None] | None = None,
+) -> Any:
+    """Do one run and return its Result."""
+    from consilience import methods
+    from consilience.simulate import run
+
+    config = spec.config
+    federation = make_federation(config)
+    return run(
+        methods.get(spec.method).make(dict(spec.options)),
+        federation,
+        **_arguments(spec, federation),
+        rounds=config.rounds,
+        participation=config.participation,
+        schedule=config.schedule,
+        eval_every=config.eval_every,
+        eval_clients_every=config.eval_clients_every,
+        eval_clients=config.eval_clients,
+        checkpoint_every=config.checkpoint_every,
+        executor=executor or config.executor,
+        workers=config.workers,
+        out=folder,
+        resume=resume,
+        config=spec.file(command),
+        on_line=on_line,
+    )
+
+
+def compare(
+    settings: Settings, names: Sequence[str], folder: Path, *, command: str, on_line: OnLine, resume: bool = False
+) -> list[dict[str, Any]]:
+    """Run every method with every seed, write leaderboard.json and report.html, and return the leaderboard.
+
+    With at least as many runs as workers, whole runs go side by side, each in a process of its own; otherwise one
+    after another, each over all workers. The results are the same bits either way.
+    """
+    runs = specs(settings, names)
+    if resume:
+        todo = [spec for spec in runs if not (folder / spec.name / "digest.txt").exists()]
+    else:
+        if folder.exists() and any(folder.iterdir()):
+            raise ConfigError(f"{folder} is not empty; give another --out, or resume it")
+        todo = runs
+        for spec in {spec.config.seed: spec for spec in runs}.values():
+            federation = make_federation(spec.config)
+            for other in (s for s in runs if s.config.seed == spec.config.seed):
+                check(other, federation)
+        folder.mkdir(parents=True, exist_ok=True)
+        record = {**settings.flat(), "methods": list(names), "reference": settings.reference, "command": command}
+        write_atomically(folder / "compare.yaml", yaml.safe_dump(record, sort_keys=False))
+    _run_all(todo, folder, command, on_line)
+    return conclude(folder)
+
+
+def conclude(folder: Path) -> list[dict[str, Any]]:
+    """Judge the runs in a comparison's folder: leaderboard.json and report.html."""
+    from consilience.measure.statistics import leaderboard
+    from consilience.report.html import write_report
+    from consilience.report.load import read_runs
+
+    rows = leaderboard(read_runs(folder))
+    write_atomically(folder / "leaderboard.json", json.dumps(rows, indent=1))
+    write_report(folder)
+    return rows
+
+
+def _run_all(todo: Sequence[RunSpec], folder: Path, command: str, on_line: OnLine) -> None:
+    from consilience.execute.processes import cores
+
+    if not todo:
+        return
+    config = todo[0].config
+    workers = config.workers or cores()
+    if config.executor == "serial" or workers == 1 or len(todo) < workers:
+        for spec in todo:
+            _one(spec, folder, command, None, lambda line, label=spec.name: on_line(label, line))  # type: ignore[misc]
+        return
+    _side_by_side(todo, folder, command, on_line, workers)
+
+
+def _one(
+    spec: RunSpec, folder: Path, command: str, executor: str | None, on_line: Callable[[dict[str, Any]], None]
+) -> None:
+    path = folder / spec.name
+    begun = (path / "config.yaml").exists()
+    execute(spec, path, command=command, resume=begun, executor=executor, on_line=on_line)
+
+
+def _side_by_side(todo: Sequence[RunSpec], folder: Path, command: str, on_line: OnLine, workers: int) -> None:
+    """Whole runs in processes of their own, as many at a time as there are workers."""
+    from consilience.execute.processes import quiet_fork, start_context
+
+    context = start_context()
+    news: Any = context.Queue()
+    waiting, running = list(todo), {}
+    failure: ConsilienceError | None = None
+    try:
+        while running or (waiting and failure is None):
+            while waiting and failure is None and len(running) < workers:
+                spec = waiting.pop(0)
+                process = context.Process(target=_child, args=(spec, folder, command, news), daemon=True)
+                with quiet_fork():
+                    process.start()
+                running[spec.name] = process
+            try:
+                label, kind, what = news.get(timeout=0.2)
+            except queue.Empty:
+                failure = failure or _vanished(running)
+                continue
+            if kind == "line":
+                on_line(label, what)
+                continue
+            running.pop(label).join()
+            if kind == "error":
+                failure = failure or _rebuild(label, what)
+    finally:
+        for process in running.values():
+            process.kill()
+            process.join()
+    if failure is not None:
+        raise failure
+
+
+def _vanished(running: dict[str, Any]) -> ConsilienceError | None:
+    """The failure of a run whose process died without a word, if any did."""
+    for label, process in list(running.items()):
+        if process.exitcode not in (None, 0):
+            del running[label]
+            return ConsilienceError(f"{label}: its process died (exit code {process.exitcode}); resume the comparison")
+    return None
+
+
+def _child(spec: RunSpec, folder: Path, command: str, news: Any) -> None:
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        _one(spec, folder, command, "serial", lambda line: news.put((spec.name, "line", line)))
+    except ConsilienceError as error:
+        news.put((spec.name, "error", [type(error).__name__, str(error), getattr(error, "trace", "")]))
+    except BaseException as error:
+        import traceback
+
+        news.put((spec.name, "error", ["", f"{type(error).__name__}: {error}", traceback.format_exc()]))
+    else:
+        news.put((spec.name, "done", None))
+
+
+def _rebuild(label: str, what: Sequence[str]) -> ConsilienceError:
+    """The error of a child process, as one of ours."""
+    import consilience.core.errors as errors
+
+    kind, text, trace = what
+    if kind == "ClientError":
+        return ClientError(f"{label}: {text}", trace)
+    cls = getattr(errors, kind, None) or ConsilienceError
+    error: ConsilienceError = cls(f"{label}: {text}")
+    if not kind:
+        error.add_note(trace) if hasattr(error, "add_note") else None
+    return error
+
+
+def resume(folder: Path, on_line: OnLine) -> list[dict[str, Any]] | Any:
+    """Go on with a run or a comparison that was interrupted. Returns what ``execute`` or ``compare`` would."""
+    if (folder / "compare.yaml").exists():
+        record = read_yaml(folder / "compare.yaml")
+        command = record.pop("command", "")
+        settings = settle(record)
+        return compare(settings, settings.methods, folder, command=command, on_line=on_line, resume=True)
+    spec, command = read_spec(folder)
+    result = execute(spec, folder, command=command, resume=True, on_line=lambda line: on_line(spec.name, line))
+    _report(folder)
+    return result
+
+
+def _report(folder: Path) -> Path:
+    from consilience.report.html import write_report
+
+    return write_report(folder)
+
+
+def read_spec(folder: Path) -> tuple[RunSpec, str]:
+    """The run that a folder holds, and the command that began it. Raises ConfigError."""
+    if not (folder / "config.yaml").exists():
+        raise ConfigError(f"{folder}: no run there (no config.yaml)")
+    record = read_yaml(folder / "config.yaml")
+    try:
+        values = {key: record[key] for key in Config.model_fields if key in record}
+        config = settle(values).config
+        return RunSpec(record["label"], record["method"], record["options"], config), record.get("command", "")
+    except KeyError as error:
+        raise ConfigError(f"{folder / 'config.yaml'}: {error} is missing; this is not the file of a run") from None
+
+
+def run_one(spec: RunSpec, folder: Path, *, command: str, on_line: Callable[[dict[str, Any]], None]) -> Any:
+    """Do one run and write its report."""
+    result = execute(spec, folder, command=command, on_line=on_line)
+    _report(folder)
+    return result
+
+
+def default_folder(what: str) -> Path:
+    """A new folder under runs/, named by time and what is run."""
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / f"{stamp}-{what}"
+
+
+def command_line() -> str:
+    """The command that is being run, for the report."""
+    return shlex.join(["consilience", *sys.argv[1:]])

@@ -1,0 +1,147 @@
+"""Tables and live progress in the terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from consilience.report.load import RunFolder
+from consilience.report.words import NONE, Scale, byte_unit, count_unit, plural, time_unit
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import TaskID
+    from rich.table import Table
+
+
+def _grid(title: str, header: bool = True) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="",
+        box=box.SIMPLE_HEAD if header else None,
+        show_header=header,
+        pad_edge=False,
+        min_width=len(title),  # a title is folded to the width of its table
+    )
+
+
+def leaderboard_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The rows of ``leaderboard.json`` as a table."""
+    scale = Scale(bool(rows) and rows[0]["accuracy"] is None)
+    key = scale.noun
+    traffic = byte_unit(r["bytes"] for r in rows)
+    wall, virtual = time_unit(r["wall_s"] for r in rows), time_unit(r["virtual_s"] for r in rows)
+    moved = any(r["virtual_s"] for r in rows)
+    metric = "global model" if rows and rows[0]["metric"] == "global" else "client mean"
+    unit = f" {scale.unit}" if scale.unit else ""
+    table = _grid(f"{key.capitalize()} of the {metric}, mean over seeds")
+    table.add_column("Method", no_wrap=True)
+    heads = [f"{key.capitalize()}{unit}", "95 % CI", *([] if scale.lower else ["Clients %", "Worst 10 % %"])]
+    heads += [traffic.name, f"Wall {wall.name}", *([f"Virtual {virtual.name}"] if moved else []), "Seeds"]
+    for head in heads:
+        table.add_column(head.replace("Worst 10 % %", "Worst 10 %"), justify="right")
+    for i, row in enumerate(rows):
+        ci = row[f"{key}_ci"]
+        cells = [scale.number(row[key]), f"{scale.number(ci[0])} to {scale.number(ci[1])}" if ci else NONE]
+        if not scale.lower:
+            cells += [scale.number(row["clients_mean"]), scale.number(row["worst10"])]
+        cells += [traffic.number(row["bytes"]) if row["bytes"] else NONE, wall.number(row["wall_s"])]
+        if moved:
+            cells.append(virtual.number(row["virtual_s"]))
+        table.add_row(str(row["method"]), *cells, str(row["seeds"]), style="bold" if i == 0 and len(rows) > 1 else "")
+    return table
+
+
+def run_summary(run: RunFolder) -> Table:
+    """What a run came to: its last scores and what it cost."""
+    from consilience.measure.statistics import last_of
+
+    last = run.history[-1]
+    table = _grid(
+        f"{run.label} on {run.federation.get('name', 'a federation')}, {plural(int(last['round']), 'round')}",
+        header=False,
+    )
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right")
+    accuracy, loss = Scale(lower=False), Scale(lower=True)
+    for title, keys, scale in (
+        ("Global accuracy", ("global", "accuracy"), accuracy),
+        ("Global loss", ("global", "loss"), loss),
+        ("Client mean", ("clients", "mean"), accuracy),
+        ("Worst 10 % of clients", ("clients", "worst10"), accuracy),
+        ("Unseen clients", ("unseen", "mean"), accuracy),
+    ):
+        value = last_of(run, *keys)
+        if value is not None:
+            table.add_row(title, scale.text(value))
+    for title, key, unit in (
+        ("Bytes up", "bytes_up", byte_unit),
+        ("Bytes down", "bytes_down", byte_unit),
+        ("Samples", "samples", count_unit),
+        ("Steps", "steps", count_unit),
+        ("Wall time", "wall_s", time_unit),
+        ("Virtual time", "virtual_s", time_unit),
+    ):
+        if last.get(key):
+            table.add_row(title, unit([last[key]]).text(last[key]))
+    return table
+
+
+class Progress:
+    """A line for every run with its rounds, score and time left; without a terminal, a line when a run ends.
+
+    ``with Progress(console, labels=[...], rounds=R) as p: p.update(label, round, accuracy)``
+    """
+
+    def __init__(self, console: Console, labels: Sequence[str], rounds: int) -> None:
+        self._console, self._labels, self._rounds = console, list(labels), rounds
+        self._tasks: dict[str, TaskID] = {}
+        self._started: dict[str, float] = {}
+        self._live: Any = None
+
+    def __enter__(self) -> Progress:
+        if self._console.is_terminal:
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Live
+
+            self._live = Live(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[score]}", justify="right"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            for label in self._labels:
+                # a run that waits for its turn has no time left to tell
+                self._tasks[label] = self._live.add_task(label, total=self._rounds, start=False, score="")
+            self._live.start()
+        return self
+
+    def update(self, label: str, round: int, accuracy: float | None = None) -> None:
+        """Tell that a run has done so many rounds, and how it scores now (a fraction)."""
+        score = "" if accuracy is None else Scale(lower=False).text(accuracy)
+        first = label not in self._started
+        started = self._started.setdefault(label, time.monotonic())
+        if self._live is not None:
+            task = self._tasks[label]
+            if first:
+                self._live.start_task(task)
+            fields = {"score": score} if score else {}
+            self._live.update(task, completed=round, **fields)
+        elif round >= self._rounds:
+            took = time_unit([time.monotonic() - started]).text(time.monotonic() - started)
+            told = f", {score}" if score else ""
+            self._console.print(f"{label}: {plural(round, 'round')}{told}, {took}", markup=False, highlight=False)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()

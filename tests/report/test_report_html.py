@@ -1,0 +1,369 @@
+"""The report: what it says, that it stands alone, and that Chromium draws it without an error."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from html import unescape
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+
+from consilience.core.errors import Refused
+from consilience.report import answer
+from consilience.report.facts import gather
+from consilience.report.html import write_report
+
+Make = Callable[..., Path]
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
+)
+
+
+def text_of(html: str) -> str:
+    """Visible text, roughly: tags away, one kind of space."""
+    body = re.sub(r"<(script|style).*?</\1>", " ", html, flags=re.S)
+    return " ".join(unescape(re.sub(r"<[^>]+>", "", body)).replace("\u00a0", " ").split())
+
+
+def report(folder: Path) -> str:
+    return write_report(folder).read_text("utf-8")
+
+
+def blob(page: str) -> dict[str, object]:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
+    assert found
+    value = json.loads(found[1])
+    assert isinstance(value, dict)
+    return value
+
+
+class Balance(HTMLParser):
+    """Checks that elements nest and that ids are unique."""
+
+    VOID = frozenset(("meta", "input", "br", "rect", "circle", "path"))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.wrong: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.ids += [value for key, value in attrs if key == "id" and value]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.ids += [value for key, value in attrs if key == "id" and value]
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop() != tag:
+            self.wrong.append(f"{tag} at {self.getpos()}")
+
+
+@pytest.mark.parametrize(
+    ("methods", "seeds", "options"),
+    [
+        (["fedavg", "scaffold", "fedprox"], 2, {}),
+        (["local", "fedavg", "scaffold", "centralised"], 2, {}),
+        (["local", "fedavg"], 1, {}),
+        (["fedavg", "scaffold"], 2, {"regression": True}),
+        (["local", "fedavg", "scaffold"], 2, {"regression": True}),
+        (["local", "centralised"], 1, {}),
+    ],
+)
+def test_page_is_whole(make_compare: Make, methods: list[str], seeds: int, options: dict[str, bool]) -> None:
+    page = report(make_compare(methods, seeds, **options))
+    checked = Balance()
+    checked.feed(page)
+    assert checked.wrong == []
+    assert checked.open == []
+    assert len(checked.ids) == len(set(checked.ids))
+    for anchor in re.findall(r'href="#([^"]+)"', page):
+        assert anchor in checked.ids
+    numbers = re.findall(r'<span class="no">(\d+)</span>', page)
+    assert numbers == [str(i) for i in range(2, 2 + len(numbers))]
+    assert not re.search(r"\b(nan|None|Infinity)\b", text_of(page))
+
+
+def test_page_needs_nothing_else(make_compare: Make) -> None:
+    page = report(make_compare(["fedavg", "scaffold"], 2))
+    assert "default-src 'none'" in page
+    assert not re.search(r"https?://(?!www\.w3\.org)", page)
+    assert not re.search(r"<(link|img|iframe)\b|@import|\bsrc=", page)
+
+
+def test_winner(make_compare: Make) -> None:
+    page = text_of(report(make_compare(["local", "fedavg", "scaffold", "fedprox", "centralised"], 5)))
+    assert "Which federated method should these 20 clients use?" in page
+    assert "SCAFFOLD wins: with it the average client gets" in page
+    assert "a real difference (p < 0.001)" in page
+    assert "(20 clients \u00d7 5 seeds)" in page
+    assert "Local (each client alone, dashed line) and Centralised" in page
+
+
+def test_no_difference_is_never_called_equal(make_compare: Make) -> None:
+    page = text_of(report(make_compare(["fedavg", "fedprox"], 3)))
+    assert "No difference was found between the 2 methods: all lie between" in page
+    assert "3 seeds could only have shown differences above about" in page
+    assert not re.search(r"\bequally|are equal\b", page)
+
+
+def test_one_seed_claims_nothing(make_compare: Make) -> None:
+    page = text_of(report(make_compare(["fedavg", "scaffold"], 1)))
+    assert "SCAFFOLD is ahead" in page
+    assert "one seed cannot show whether that is real" in page
+    assert "a real difference" not in page
+    assert "1=" not in page
+
+
+def test_training_alone_wins(make_compare: Make) -> None:
+    folder = make_compare(["centralised", "fedavg", "scaffold"], 2)
+    for config in folder.glob("centralised-*/config.yaml"):  # the best of them plays Local
+        value = yaml.safe_load(config.read_text()) | {"method": "local", "label": "local"}
+        config.write_text(yaml.safe_dump(value))
+    page = text_of(report(folder))
+    assert "Training alone wins: no federated method beats the" in page
+    assert re.search(
+        r"and the best, SCAFFOLD, is [\d.]+ points worse, (a real difference|which may be chance) \(p", page
+    )
+
+
+def test_a_tie_of_two_over_a_third(make_compare: Make) -> None:
+    facts = gather(make_compare(["fedavg", "fedprox", "local"], 5))
+    local = facts.references[0]
+    local.reference, local.slot = "", 2
+    facts.ranked.append(facts.references.pop())
+    from consilience.measure.statistics import compare_scores
+
+    object.__setattr__(facts, "comparison", compare_scores({e.label: e.scores for e in facts.ranked}))
+    said = answer.first(facts).replace("\u00a0", " ")
+    assert re.match(r"<b>Fed\w+ and Fed\w+ win</b>: the average client gets [\d.]+ and [\d.]+ % right, at least", said)
+    assert "between the two none was found (p ≥ " in said
+
+
+def test_a_leader_that_one_other_method_cannot_be_told_from(tmp_path: Path, add_run: Make) -> None:
+    noise = {"a": (0, 1, -1, 0, 0.5), "b": (20, -20, 15, -15, 0), "c": (0.2, 0.8, -1.1, 0.1, 0.4)}
+    level = {"a": 0.900, "b": 0.895, "c": 0.880}
+    for label, of in noise.items():
+        for seed, d in enumerate(of):
+            add_run(tmp_path / f"{label}-seed{seed}", "fedavg", seed, label=label, final=level[label] + d / 1000)
+    page = text_of(report(tmp_path))
+    assert re.search(r"a leads: with it the global model gets 90.0 % right, more than with c, a real difference", page)
+    assert "between it and b none was found." in page
+    assert "a and b share first place; c is last" in page
+
+
+def test_a_single_run_has_no_ranks(make_run: Make) -> None:
+    page = report(make_run("fedavg"))
+    assert "How well does FedAvg do for these 20 clients?" in page
+    assert 'id="leaderboard"' not in page
+    assert "Local was not among the methods" in page
+    assert "If something else matters more" not in page
+
+
+def test_local_by_itself_does_not_miss_local(make_run: Make) -> None:
+    page = report(make_run("local"))
+    assert "How well does Local do for these 20 clients?" in page
+    assert "Local was not among the methods" not in page
+
+
+def test_joining_pays(make_compare: Make) -> None:
+    page = text_of(report(make_compare(["local", "fedavg"], 5)))
+    assert "Does joining pay for these 20 clients?" in page
+    assert "Joining pays: with FedAvg the average client gets" in page
+
+
+def test_joining_is_not_said_to_pay_on_one_seed(make_compare: Make) -> None:
+    page = text_of(report(make_compare(["local", "fedavg"], 1)))
+    assert "FedAvg is ahead of training alone: with FedAvg" in page
+    assert "but one seed cannot show whether that is real" in page
+
+
+def test_regression_speaks_of_loss(make_compare: Make) -> None:
+    page = report(make_compare(["fedavg", "scaffold"], 3, regression=True))
+    assert "SCAFFOLD wins" in text_of(page)
+    assert "has a loss of 0." in text_of(page)
+    assert "% right" not in text_of(page)
+
+
+def test_names_are_escaped(make_run: Make) -> None:
+    folder = make_run("fedavg")
+    federation = json.loads((folder / "federation.json").read_text())
+    federation["name"] = "<b>&</script><script>alert(1)"
+    federation["classes"][0] = "</script><script>alert(1)"
+    (folder / "federation.json").write_text(json.dumps(federation))
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config |= {"label": '<i a="b">', "command": "consilience run 'a <b>' \"unclosed"}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    page = report(folder)
+    assert "<script>alert" not in page
+    assert "<i a=" not in page
+    assert page.count("</script>") == 3
+    blob(page)
+
+
+def test_unfinished_runs_are_named(make_run: Make) -> None:
+    folder = make_run("fedavg", finished=False, rounds=34)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    (folder / "config.yaml").write_text(yaml.safe_dump(config | {"rounds": 50}))
+    page = text_of(report(folder))
+    assert "FedAvg, seed 0, is not finished: round 34 of 50." in page
+    assert "No run is finished yet" in page
+
+
+def test_a_run_that_has_not_ended_is_not_called_cheap(make_compare: Make, add_run: Make) -> None:
+    folder = make_compare(["fedavg", "scaffold"], 1)
+    add_run(folder / "fedprox-seed0", "fedprox", 0, rounds=5, finished=False)
+    facts = gather(folder)
+    assert {p.entry.name for p in answer.picks(facts) if p.aim in ("Traffic", "Time on this machine")} == {"FedAvg"}
+
+
+def test_a_run_that_diverged_is_left_out_and_named(make_compare: Make) -> None:
+    folder = make_compare(["fedavg", "scaffold"], 2, regression=True)
+    history = folder / "fedavg-seed1" / "history.jsonl"
+    lines = [json.loads(line) for line in history.read_text().splitlines()]
+    for line in lines[20:]:
+        line["global"]["loss"] = float("nan")
+    history.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = report(folder)
+    assert "FedAvg, seed 1, has no score, or one that is not a number" in text_of(page)
+    blob(page)
+
+
+def test_curves_are_thinned_and_the_page_stays_small(make_run: Make) -> None:
+    page = report(make_run("fedavg", rounds=1500))
+    curves = blob(page)["curves"]
+    assert isinstance(curves, dict)
+    curve = curves["of"]["global"]["fedavg"]
+    assert len(curve["round"]) == 200
+    assert (curve["round"][0], curve["round"][-1]) == (0, 1500)
+    assert len(page) < 300_000
+
+
+def test_without_client_evaluations_the_section_says_what_to_add(make_run: Make) -> None:
+    folder = make_run("fedavg")
+    (folder / "clients.jsonl").unlink()
+    page = text_of(report(folder))
+    assert "No client was evaluated. Lower --eval-clients-every" in page
+
+
+def test_an_old_report_survives_a_failure(make_run: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_run("fedavg")
+    target = write_report(folder)
+    before = target.read_text()
+
+    def broken(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", broken)
+    with pytest.raises(OSError, match="disk full"):
+        write_report(folder)
+    assert target.read_text() == before
+    assert sorted(p.name for p in folder.glob("*report*")) == ["report.html"]
+
+
+def test_refuses_what_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(Refused):
+        write_report(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def browse(page: Path, profile: Path, width: int, theme: str) -> tuple[str, str]:
+    """The page as Chromium has it after its script ran, and what it complained about."""
+    done = subprocess.run(
+        [
+            CHROMIUM,
+            *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+            *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+            *(f"--user-data-dir={profile}", f"--window-size={width},2000", "--enable-logging=stderr", "--dump-dom"),
+            f"{page.as_uri()}?theme={theme}",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    lines = done.stderr.splitlines()
+    return done.stdout, "\n".join(line for line in lines if "CONSOLE" in line or "uncaught" in line.lower())
+
+
+USE = """<script>addEventListener('load', () => {
+const all = s => [...document.querySelectorAll(s)], told = [];
+all('fieldset input').forEach(i => i.click());
+all('#bands').forEach(i => { i.click(); i.click(); });
+all('.railkey [data-keys] button').forEach(b => { b.click(); b.focus(); });
+told.push(document.querySelector('#cv').textContent);
+all('.quick button').forEach(b => b.click());
+told.push(all('#cv .series').length);
+all('#strip [data-k]')[3].dispatchEvent(new MouseEvent('click', {bubbles: true}));
+told.push(all('#strip circle[r="6.5"]').length);
+document.querySelector('.lb .c4 button').click();
+told.push(all('.lb tbody:nth-of-type(1) .c4').map(c => +c.dataset.v));
+document.querySelector('.lb .c4 button').click();
+told.push(all('.lb tbody:nth-of-type(1) .c4').map(c => +c.dataset.v));
+const slider = document.querySelector('#cvr'); slider.value = 40; slider.dispatchEvent(new Event('input'));
+told.push(document.querySelector('#cvo').textContent);
+dispatchEvent(new Event('beforeprint')); told.push(document.querySelector('#cv svg').getAttribute('viewBox'));
+dispatchEvent(new Event('afterprint'));
+const theme = document.querySelector('#theme'); theme.value = 'light'; theme.dispatchEvent(new Event('change'));
+told.push(getComputedStyle(document.body).backgroundColor);
+document.title = JSON.stringify(told);
+});</script></body>"""
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on PATH")
+def test_controls_work_in_chromium(make_compare: Make, tmp_path: Path) -> None:
+    page = write_report(make_compare(["local", "fedavg", "scaffold", "fedprox"], 2))
+    used = page.with_name("used.html")
+    used.write_text(page.read_text("utf-8").replace("</body>", USE), "utf-8")
+    dom, complaints = browse(used, tmp_path / "profile", 1400, "dark")
+    assert complaints == ""
+    title = re.search(r"<title>(.*?)</title>", dom)
+    assert title
+    nothing, series, traced, up, down, read, view, background = json.loads(unescape(title[1]))
+    assert "None of the methods shown" in nothing
+    assert series > 0
+    assert traced == 3  # one ring for every method that the chart shows
+    assert up == sorted(up)
+    assert down == sorted(down, reverse=True)
+    assert up != down
+    assert read.startswith("at ")
+    assert view.startswith("0 0 680 ")
+    assert background == "rgb(255, 255, 255)"
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on PATH")
+@pytest.mark.parametrize(("width", "theme"), [(1400, "light"), (1400, "dark"), (400, "light"), (400, "dark")])
+@pytest.mark.parametrize(
+    ("methods", "seeds", "options"),
+    [
+        (["local", "fedavg", "scaffold", "fedprox", "centralised"], 2, {}),
+        (["fedavg", "scaffold"], 2, {"regression": True}),
+        (["fedavg"], 1, {}),
+    ],
+)
+def test_chromium_draws_it_without_an_error(
+    make_compare: Make,
+    tmp_path: Path,
+    methods: list[str],
+    seeds: int,
+    options: dict[str, bool],
+    width: int,
+    theme: str,
+) -> None:
+    page = write_report(make_compare(methods, seeds, **options))
+    dom, complaints = browse(page, tmp_path / "profile", width, theme)
+    assert complaints == ""
+    assert f'data-theme="{theme}"' in dom
+    for plot in ("cv", "strip", "fed"):
+        drawn = re.search(rf'id="{plot}"[^>]*><svg [^>]*role="img" aria-label="([^"]+)"', dom)
+        assert drawn, plot
+        assert "NaN" not in drawn[1]
+    assert not re.search(r'(?:x|y|d|cx|cy|width|height|x1|y2|transform)="[^"]*(NaN|undefined|Infinity)', dom)

@@ -1,0 +1,78 @@
+"""Tables and progress as they are printed."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from consilience.measure.statistics import leaderboard
+from consilience.report.load import RunFolder, read_runs
+from consilience.report.terminal import Progress, leaderboard_table, run_summary
+
+
+def console(terminal: bool = False) -> Console:
+    return Console(file=io.StringIO(), force_terminal=terminal, width=120, color_system=None)
+
+
+def printed(what: object) -> str:
+    out = console()
+    out.print(what)
+    assert isinstance(out.file, io.StringIO)
+    return out.file.getvalue()
+
+
+def test_leaderboard_table(make_compare: Callable[..., Path]) -> None:
+    text = printed(leaderboard_table(leaderboard(read_runs(make_compare(["fedavg", "scaffold"], 2)))))
+    lines = text.splitlines()
+    assert "Accuracy of the global model" in lines[0]
+    assert text.index("scaffold") < text.index("fedavg")
+    assert " to " in text
+    assert "Virtual" not in text
+
+
+def test_leaderboard_table_with_one_seed_has_no_interval(make_compare: Callable[..., Path]) -> None:
+    text = printed(leaderboard_table(leaderboard(read_runs(make_compare(["local", "fedavg"], 1)))))
+    assert " to " not in text
+    assert "client mean" in text
+
+
+def test_leaderboard_table_of_a_regression(make_compare: Callable[..., Path]) -> None:
+    text = printed(leaderboard_table(leaderboard(read_runs(make_compare(["fedavg", "scaffold"], 2, regression=True)))))
+    assert "Loss" in text
+    assert "Worst" not in text
+
+
+def test_run_summary(make_run: Callable[..., Path]) -> None:
+    text = printed(run_summary(RunFolder.read(make_run("fedavg"))))
+    assert "fedavg on digits" in text
+    for word in ("Global accuracy", "Client mean", "Bytes up", "210", "Wall time"):
+        assert word in text
+    assert "Virtual" not in text
+
+
+def test_progress_without_a_terminal_says_a_line_at_the_end() -> None:
+    out = console()
+    with Progress(out, labels=["fedavg", "scaffold"], rounds=3) as progress:
+        for r in (1, 2):
+            progress.update("fedavg", r, 0.5)
+        assert isinstance(out.file, io.StringIO)
+        assert out.file.getvalue() == ""
+        progress.update("fedavg", 3, 0.913)
+    assert out.file.getvalue().startswith("fedavg: 3 rounds, 91.3\u00a0%, ")
+    assert out.file.getvalue().count("\n") == 1
+
+
+def test_progress_in_a_terminal_draws_every_run() -> None:
+    out = console(terminal=True)
+    with Progress(out, labels=["fedavg", "scaffold"], rounds=4) as progress:
+        progress.update("fedavg", 2, 0.5)
+        progress.update("fedavg", 4)
+    assert isinstance(out.file, io.StringIO)
+    text = out.file.getvalue()
+    assert "fedavg" in text
+    assert "scaffold" in text
+    assert "4/4" in text
+    assert "50.0" in text
