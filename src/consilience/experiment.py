@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import json
 import queue
 import re
@@ -219,7 +219,7 @@ def _side_by_side(todo: Sequence[RunSpec], folder: Path, command: str, on_line: 
 
     context = start_context()
     news: Any = context.Queue()
-    waiting, running = list(todo), {}
+    waiting, running = list(todo), dict[str, Any]()
     failure: ConsilienceError | None = None
     try:
         while running or (waiting and failure is None):
@@ -300,6 +300,17 @@ def resume(folder: Path, on_line: OnLine) -> list[dict[str, Any]] | Any:
     return result
 
 
+def labels(folder: Path) -> tuple[list[str], int]:
+    """Names of the runs that a folder holds, and their rounds."""
+    if (folder / "compare.yaml").exists():
+        record = read_yaml(folder / "compare.yaml")
+        record.pop("command", "")
+        settings = settle(record)
+        return [spec.name for spec in specs(settings, settings.methods)], settings.config.rounds
+    spec, _ = read_spec(folder)
+    return [spec.name], spec.config.rounds
+
+
 def _report(folder: Path) -> Path:
     from consilience.report.html import write_report
 
@@ -328,7 +339,7 @@ def run_one(spec: RunSpec, folder: Path, *, command: str, on_line: Callable[[dic
 
 def default_folder(what: str) -> Path:
     """A new folder under runs/, named by time and what is run."""
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    stamp = dt.datetime.now().strftime("%Y%m%d-%H%M%S")
     return Path("runs") / f"{stamp}-{what}"
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from consilience.core import tree as tr
 from consilience.core.errors import ClientError
 from consilience.core.federation import Federation, Split
-from consilience.core.messages import DeltaUpdate, Inbox, Job, Kind, Reply, Score, Work, kinds
+from consilience.core.messages import ClientInfo, DeltaUpdate, Inbox, Job, Kind, Reply, Score, Work, kinds
 from consilience.core.method import Method, Phase
 from consilience.core.model import Pool, Weights
 from consilience.core.predict import Predictor
@@ -125,6 +125,14 @@ class Worker:
         host = self.host(version, self.program[phase].name)
         new = self.method.aggregate(self.program[phase], host, server, replies, cohort)
         return new, *host.computed
+
+    def deployed(self, server: Tree, client: int, state: Tree) -> Predictor | None:
+        """What a client would deploy, from the server's and its own state."""
+        first = next(i for i, phase in enumerate(self.program) if phase.when not in ("start", "end"))
+        site, _ = self.site(Job(-1, client, 0, 0, 0, first))
+        info = ClientInfo(client, self.federation.size(client), site.model)
+        message, own = self._open(site, self.method.deploy(server, info), state)
+        return self.method.personal_model(site, message, own)
 
     def do_chunk(self, predictor: Predictor, start: int, stop: int) -> Chunk:
         """The global model on rows ``start`` to ``stop`` of the global test set."""

@@ -18,7 +18,7 @@ from consilience.core.errors import ConfigError, DataError
 from consilience.core.federation import ClientData, Federation, Split, Task, TaskKind
 from consilience.data import raw as raw_data
 from consilience.data.partition import Partition, make_partition, read_partition, write_on_demand, write_partition
-from consilience.data.preprocess import Table, apply, client_statistics, merge
+from consilience.data.preprocess import Statistics, Table, apply, client_statistics, merge
 from consilience.data.raw import RawData
 from consilience.data.spec import is_file, parse, with_natural_default
 from consilience.data.transform import shift
@@ -28,11 +28,13 @@ from consilience.data.transform import shift
 class ArrayFederation(Federation):
     """All clients' rows in one tensor, client by client and train | valid | test, so that data are views.
 
-    rows: the clients' rows. partition: who has which, and where each part starts.
+    rows: the clients' rows. partition: who has which, and where each part starts. statistics: those by which a
+    table was made into inputs.
     """
 
     rows: Split
     partition: Partition
+    statistics: Statistics | None = None
 
     def data(self, client: int) -> ClientData:
         a, b, c, d = self.partition.bounds[client].tolist()
@@ -139,7 +141,8 @@ def build(
     if column and column == raw.natural and raw.client_names and len(raw.client_names) == plan.clients:
         plan = replace(plan, names=raw.client_names)
 
-    x, test_x, features = _encode(raw, plan, column)
+    x, test_x, statistics = _encode(raw, plan, column)
+    features = raw.features if statistics is None else statistics.features()
     names = tuple(sensitive) or raw.sensitive
     codes, test_codes, meaning = raw.sensitive_codes(names) if names else (None, None, {})
 
@@ -169,23 +172,24 @@ def build(
         about=about,
         rows=rows,
         partition=plan,
+        statistics=statistics,
     )
 
 
 def _encode(
     raw: RawData, plan: Partition, column: str
-) -> tuple[NDArray[np.float32], NDArray[np.float32] | None, tuple[str, ...]]:
-    """Inputs of the pool and of the test set, and their names; tables by statistics of the training clients."""
+) -> tuple[NDArray[np.float32], NDArray[np.float32] | None, Statistics | None]:
+    """Inputs of the pool and of the test set; a table's are made with the training clients' merged statistics."""
     if not isinstance(raw.x, Table):
         assert not isinstance(raw.test_x, Table)
-        return raw.x, raw.test_x, raw.features
+        return raw.x, raw.test_x, None
     table = raw.x.without(column)
     if not table.columns:
         raise DataError(f"{raw.name} has no column left to be an input")
     seen = sorted(set(range(plan.clients)) - set(plan.unseen))
     merged = merge(client_statistics(table.rows(plan.client(client)[0])) for client in seen)
     test = apply(raw.test_x.without(column), merged) if isinstance(raw.test_x, Table) else None
-    return apply(table, merged), test, merged.features()
+    return apply(table, merged), test, merged
 
 
 def _tensor(array: NDArray[Any]) -> Tensor:

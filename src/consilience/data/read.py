@@ -39,7 +39,7 @@ def read_file(
     path = Path(path)
     if path.suffix.lower() == ".npz":
         return _read_npz(path, target, task, tuple(sensitive))
-    return _from_frame(_frame(path), str(path), path.name, target, task, tuple(sensitive))
+    return _from_frame(read_frame(path), str(path), path.name, target, task, tuple(sensitive))
 
 
 def read_client_files(
@@ -71,7 +71,7 @@ def read_client_files(
         raw = _joined_npz(files, name, target, task, tuple(sensitive))
         sizes = raw.columns[OWNER]
     else:
-        frames = [_frame(file) for file in files]
+        frames = [read_frame(file) for file in files]
         _same_columns(files, frames)
         import pandas as pd
 
@@ -82,7 +82,7 @@ def read_client_files(
     return replace(raw, columns=columns, natural=OWNER, client_names=tuple(file.stem for file in files))
 
 
-def _frame(path: Path) -> pd.DataFrame:
+def read_frame(path: Path) -> pd.DataFrame:
     """A csv or parquet file as a frame with at least one row."""
     import pandas as pd
 
@@ -169,7 +169,7 @@ def encode_target(values: NDArray[Any], where: str, task: TaskKind | None) -> tu
     return codes.astype(np.int64), Task("classification", len(known), tuple(str(word) for word in known.tolist()))
 
 
-def _arrays(path: Path) -> dict[str, NDArray[Any]]:
+def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     if not path.is_file():
         raise DataError(f"file {path} does not exist")
     try:
@@ -192,7 +192,7 @@ def _pair(arrays: dict[str, NDArray[Any]], path: Path | str, target: str) -> tup
 
 
 def _read_npz(path: Path, target: str | None, task: TaskKind | None, sensitive: tuple[str, ...]) -> RawData:
-    arrays = _arrays(path)
+    arrays = read_arrays(path)
     x, y = _pair(arrays, path, target or "y")
     test_x = test_y = None
     if "x_test" in arrays or "y_test" in arrays:
@@ -222,7 +222,7 @@ def _joined_npz(
     ys: list[NDArray[Any]] = []
     rest: list[dict[str, NDArray[Any]]] = []
     for file in files:
-        arrays = _arrays(file)
+        arrays = read_arrays(file)
         x, y = _pair(arrays, file, target or "y")
         if xs and x.shape[1:] != xs[0].shape[1:]:
             raise DataError(f"file {file} has rows of shape {x.shape[1:]}, {files[0]} of {xs[0].shape[1:]}")

@@ -1,0 +1,399 @@
+"""The command line. Imports what is slow only when it is needed, so that --help answers at once."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from consilience import __version__
+from consilience.config import TRAINING, Config, Settings, parse_method, settle
+from consilience.core.errors import ClientError, ConfigError, ConsilienceError, nearest
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = typer.Typer(
+    help="Heterogeneous federated learning, compared honestly.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def _consoles() -> tuple[Console, Console]:
+    """For results (stdout) and for progress and errors (stderr)."""
+    from rich.console import Console
+
+    return Console(), Console(stderr=True)
+
+
+def _option(name: str, text: str, panel: str) -> inspect.Parameter:
+    flag = f"--{name.replace('_', '-')}"
+    annotation = Annotated[
+        str | None, typer.Option(flag, help=text, metavar="", rich_help_panel=panel, show_default=False)
+    ]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _shared(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options that run, compare and plan share; it gets them as one mapping ``given``."""
+    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "given"]
+    options = [
+        _option(name, f"{f.description}{_default(f.default)}", "Options") for name, f in Config.model_fields.items()
+    ]
+    options += [_option(name, f"{f.metadata['help']}{_default(f.default)}", "Training") for name, f in TRAINING.items()]
+    names = [p.name for p in options]
+
+    def called(**values: Any) -> Any:
+        given = {name: values.pop(name) for name in names}
+        return command(given=given, **values)
+
+    called.__signature__ = inspect.Signature(own + options)  # type: ignore[attr-defined]
+    called.__annotations__ = {p.name: p.annotation for p in own + options}
+    called.__doc__, called.__name__ = command.__doc__, command.__name__
+    return called
+
+
+def _default(value: Any) -> str:
+    if value is None or value == []:
+        return ""
+    text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return f" [{text}]"
+
+
+ConfigFile = Annotated[str | None, typer.Option("--config", help="a YAML file with these options as keys", metavar="")]
+AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
+Folder = Annotated[Path, typer.Argument(help="a run's or a comparison's folder")]
+OfClient = Annotated[int | None, typer.Option("--client", help="this client's own model", metavar="")]
+
+
+def _version(shown: bool) -> None:
+    if shown:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    debug: Annotated[bool, typer.Option("--debug", help="show tracebacks of errors")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="show the version", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Heterogeneous federated learning, compared honestly."""
+
+
+EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@app.command("run", context_settings=EXTRA)
+@_shared
+def run_command(
+    context: typer.Context,
+    method: Annotated[str, typer.Argument(help="a method, as METHOD or METHOD:key=value,...")],
+    given: dict[str, Any],
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train one method. Its own options may follow as --key value; see `methods METHOD`."""
+    from consilience import experiment
+
+    settings = settle(given, config)
+    spec_text = _with_extra(method, context.args)
+    if settings.config.seeds > 1:
+        _compare(settings, [spec_text], as_json)
+        return
+    (spec,) = experiment.specs(settings, [spec_text])
+    experiment.check(spec, experiment.make_federation(spec.config))
+    folder = Path(settings.config.out or experiment.default_folder(spec.method))
+    out, err = _consoles()
+    from consilience.report.load import RunFolder
+    from consilience.report.terminal import Progress, run_summary
+
+    with Progress(err, labels=[spec.label], rounds=spec.config.rounds) as progress:
+        result = experiment.run_one(
+            spec,
+            folder,
+            command=experiment.command_line(),
+            on_line=lambda line: progress.update(spec.label, line["round"], _accuracy(line)),
+        )
+    if as_json:
+        typer.echo(
+            json.dumps({"folder": str(folder), "digest": result.digest.split("\n")[:3], "last": result.history[-1]})
+        )
+        return
+    out.print(run_summary(RunFolder.read(folder)))
+    _tell_refused(err, result)
+    typer.echo(f"report: {folder / 'report.html'}")
+
+
+def _tell_refused(err: Console, result: Any) -> None:
+    if result.refused:
+        version, first = result.refused[0]
+        err.print(
+            f"{len(result.refused)} updates were refused (refused.jsonl), the first in round {version}: "
+            f"client {first.client}, {first.field} {first.reason}"
+        )
+
+
+@app.command("compare")
+@_shared
+def compare_command(
+    methods: Annotated[list[str] | None, typer.Argument(help="methods, as METHOD or METHOD:key=value,...")] = None,
+    *,
+    given: dict[str, Any],
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+    reference: Annotated[str | None, typer.Option("--reference", help="a method to compare with", metavar="")] = None,
+) -> None:
+    """Train several methods on the same federations and show which wins, for whom and at what cost."""
+    settings = settle({**given, "reference": reference}, config)
+    names = list(methods or settings.methods)
+    if not names:
+        raise ConfigError("name the methods to compare, as in `consilience compare local fedavg scaffold`")
+    _compare(settings, names, as_json)
+
+
+def _compare(settings: Settings, names: Sequence[str], as_json: bool) -> None:
+    from consilience import experiment
+
+    folder = Path(settings.config.out or experiment.default_folder("compare"))
+    runs = experiment.specs(settings, names)
+    from consilience.report.terminal import Progress
+
+    _, err = _consoles()
+    with Progress(err, labels=[spec.name for spec in runs], rounds=settings.config.rounds) as progress:
+        rows = experiment.compare(
+            settings,
+            names,
+            folder,
+            command=experiment.command_line(),
+            on_line=lambda label, line: progress.update(label, line["round"], _accuracy(line)),
+        )
+    _show_leaderboard(rows, folder, as_json)
+
+
+def _show_leaderboard(rows: list[dict[str, Any]], folder: Path, as_json: bool) -> None:
+    from consilience.report.terminal import leaderboard_table
+
+    if as_json:
+        typer.echo(json.dumps(rows))
+        return
+    _consoles()[0].print(leaderboard_table(rows))
+    typer.echo(f"report: {folder / 'report.html'}")
+
+
+def _accuracy(line: dict[str, Any]) -> float | None:
+    """The number to show while a run goes on."""
+    found: float | None = line.get("global", {}).get("accuracy")
+    return found if found is not None else line.get("clients", {}).get("mean")
+
+
+def _with_extra(method: str, extra: Sequence[str]) -> str:
+    """A method's text with the ``--key value`` pairs that followed it on the command line."""
+    pairs = []
+    rest = list(extra)
+    while rest:
+        flag = rest.pop(0)
+        key, equals, value = flag.partition("=")
+        if not flag.startswith("--"):
+            raise ConfigError(f"unexpected argument '{flag}'")
+        if not equals:
+            if not rest:
+                raise ConfigError(f"option '{flag}' wants a value")
+            value = rest.pop(0)
+        pairs.append(f"{_own_option(method, key)}={value}")
+    if not pairs:
+        return method
+    return f"{method}{',' if ':' in method else ':'}{','.join(pairs)}"
+
+
+def _own_option(method: str, flag: str) -> str:
+    """The method's field that ``--flag`` names. Raises ConfigError with the nearest option of all."""
+    from consilience import methods
+
+    key = flag[2:].replace("-", "_")
+    name, _ = parse_method(method)
+    cls = methods.get(name)
+    if key not in cls.options():
+        known = [f"--{k.replace('_', '-')}" for k in [*Config.model_fields, *cls.options()]]
+        raise ConfigError(f"no option '{flag}' of run or {name}{nearest(flag, known)}")
+    return key
+
+
+@app.command("methods")
+def methods_command(
+    name: Annotated[str | None, typer.Argument(help="show this method's card")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List all methods, or show one's card: equations, options, needs, source."""
+    from consilience.cards import card, cards, show_card, show_cards
+
+    if as_json:
+        typer.echo(json.dumps(cards() if name is None else card(name)))
+        return
+    out, _ = _consoles()
+    if name is None:
+        show_cards(out)
+    else:
+        show_card(out, name)
+
+
+@app.command("plan")
+@_shared
+def plan_command(
+    methods: Annotated[list[str], typer.Argument(help="methods, as METHOD or METHOD:key=value,...")],
+    *,
+    given: dict[str, Any],
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Estimate time, memory and bytes before running: measures one client's work, and multiplies."""
+    from consilience.plan import plan, plan_table
+
+    rows = plan(settle(given, config), methods)
+    if as_json:
+        typer.echo(json.dumps(rows))
+    else:
+        _consoles()[0].print(plan_table(rows))
+
+
+@app.command("report")
+def report_command(folder: Folder) -> None:
+    """Write report.html (and a comparison's leaderboard.json) anew from the files of a folder."""
+    from consilience import experiment
+    from consilience.report.html import write_report
+
+    if (folder / "compare.yaml").exists():
+        _show_leaderboard(experiment.conclude(folder), folder, False)
+    else:
+        typer.echo(f"report: {write_report(folder)}")
+
+
+@app.command("resume")
+def resume_command(folder: Folder) -> None:
+    """Go on with a run or comparison that was interrupted; the result is the same bits."""
+    from consilience import experiment
+    from consilience.report.load import RunFolder
+    from consilience.report.terminal import Progress, run_summary
+
+    labels, rounds = experiment.labels(folder)
+    out, err = _consoles()
+    with Progress(err, labels=labels, rounds=rounds) as progress:
+        done = experiment.resume(folder, lambda label, line: progress.update(label, line["round"], _accuracy(line)))
+    if isinstance(done, list):
+        _show_leaderboard(done, folder, False)
+        return
+    out.print(run_summary(RunFolder.read(folder)))
+    typer.echo(f"report: {folder / 'report.html'}")
+
+
+@app.command("digest")
+def digest_command(folder: Annotated[Path, typer.Argument(help="a run's folder")]) -> None:
+    """Print SHA-256 of the final server state, all client states, and the history without wall times."""
+    from consilience.exporting import digest
+
+    typer.echo(digest(folder), nl=False)
+
+
+@app.command("predict")
+def predict_command(
+    folder: Annotated[Path, typer.Argument(help="a run's folder")],
+    data: Annotated[str, typer.Argument(help="a data set by name, or a csv, parquet or npz file")],
+    client: OfClient = None,
+    out: Annotated[Path | None, typer.Option("--out", help="a csv file to write", metavar="")] = None,
+) -> None:
+    """Predict with a run's global model (or a client's), as csv."""
+    import csv
+    import io
+
+    from consilience.core.checkpoint import write_atomically
+    from consilience.exporting import predict
+
+    names, rows, accuracy = predict(folder, data, client)
+    text = io.StringIO()
+    csv.writer(text).writerows([names, *rows])
+    if out is None:
+        typer.echo(text.getvalue(), nl=False)
+    else:
+        write_atomically(out, text.getvalue())
+    if accuracy is not None:
+        typer.echo(f"accuracy {accuracy:.4f} on {len(rows)} rows", err=True)
+
+
+@app.command("export")
+def export_command(
+    folder: Annotated[Path, typer.Argument(help="a run's folder")],
+    client: OfClient = None,
+    out: Annotated[Path | None, typer.Option("--out", help="folder to write (FOLDER/export)", metavar="")] = None,
+) -> None:
+    """Write a model as model.safetensors (names as load_state_dict takes them) and config.json."""
+    from consilience.exporting import export
+
+    for path in export(folder, out or folder / "export", client):
+        typer.echo(path)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 2 refused, 1 failed while running."""
+    import click
+
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    given = [argument for argument in given if argument != "--debug"]
+    try:
+        code = app(given, prog_name="consilience", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.exceptions.NoArgsIsHelpError as error:
+        typer.echo(error.format_message())
+        sys.exit(2)
+    except click.ClickException as error:
+        _fail(_usage(error), 2)
+    except click.exceptions.Abort:
+        _fail("interrupted; `consilience resume FOLDER` goes on", 1)
+    except BrokenPipeError:
+        os._exit(0)  # whoever read our output has seen enough
+    except Exception as error:
+        if debug:
+            raise
+        _fail(*_explained(error))
+
+
+def _usage(error: Any) -> str:
+    return str(error.format_message()).strip().rstrip(".")
+
+
+def _explained(error: Exception) -> tuple[str, int]:
+    """One to three lines for an error, and the exit code."""
+    if isinstance(error, ClientError):
+        last = error.trace.strip().splitlines()
+        return f"{error}\n{_innermost(last)}", error.exit_code
+    if isinstance(error, ConsilienceError):
+        return str(error), error.exit_code
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or error}; what was saved before is whole, and can be resumed", 1
+    return f"{type(error).__name__}: {error} (a bug; --debug shows where)", 1
+
+
+def _innermost(trace: Sequence[str]) -> str:
+    """The last place that a client's traceback names."""
+    places = [line.strip() for line in trace if line.strip().startswith("File ")]
+    return f"at {places[-1]} (--debug shows the whole traceback)" if places else ""
+
+
+def _fail(message: str, code: int) -> None:
+    typer.echo(f"consilience: {message}", err=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""From a finished run to something that is used: predictions, and files that any program can read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from consilience import experiment
+from consilience.core import checkpoint
+from consilience.core.errors import CheckpointError, ConfigError, DataError
+from consilience.core.federation import Federation
+from consilience.core.model import Architecture, Weights
+from consilience.core.predict import Net, Predictor
+from consilience.core.run import Snapshot
+from consilience.core.worker import Worker
+from consilience.folder import digest_text, read_lines
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run read back from its folder."""
+
+    folder: Path
+    spec: experiment.RunSpec
+    worker: Worker
+    snapshot: Snapshot
+
+    @property
+    def federation(self) -> Federation:
+        """The federation it ran on, made again."""
+        return self.worker.federation
+
+    def predictor(self, client: int | None) -> Predictor:
+        """The global model, or a client's own. Raises ConfigError where there is none."""
+        method, server = self.worker.method, self.snapshot.server
+        if client is None:
+            found = method.global_model(server)
+            if found is None:
+                raise ConfigError(f"{method.name} has no global model; name a client (--client ID)")
+            return found
+        if not 0 <= client < self.federation.n_clients:
+            raise ConfigError(f"--client {client}: clients are 0 to {self.federation.n_clients - 1}")
+        found = self.worker.deployed(server, client, self.snapshot.states.get(client))
+        if found is None:
+            raise ConfigError(f"{method.name} has no model for client {client}")
+        return found
+
+    def scores(self, predictor: Predictor, x: Tensor) -> Tensor:
+        """Scores of a predictor, on one thread as in the run."""
+        from consilience.simulate import single_thread
+
+        with single_thread():
+            return self.worker.host(self.snapshot.version, "predict").scores(predictor, x)
+
+
+def read_run(folder: Path) -> Finished:
+    """A run with its newest whole checkpoint. Raises ConfigError or CheckpointError."""
+    spec, _ = experiment.read_spec(folder)
+    worker = experiment.check(spec, experiment.make_federation(spec.config))
+    snapshot, _ = checkpoint.load(folder / "checkpoint")
+    return Finished(folder, spec, worker, snapshot)
+
+
+def digest(folder: Path) -> str:
+    """A run's three digests, computed anew from its checkpoint and history. Raises CheckpointError."""
+    from consilience import methods
+
+    spec, _ = experiment.read_spec(folder)
+    methods.get(spec.method)  # registers the records of its state
+    snapshot, notes = checkpoint.load(folder / "checkpoint")
+    if snapshot.version < spec.config.rounds:
+        raise CheckpointError(f"{folder}: only {snapshot.version} of {spec.config.rounds} rounds are done; resume it")
+    text = (folder / "history.jsonl").read_bytes()[: notes["history_bytes"]]
+    if len(text) < notes["history_bytes"]:
+        raise CheckpointError(f"{folder}: history.jsonl is shorter than when the run ended")
+    return digest_text(snapshot, read_lines(folder / "history.jsonl"))
+
+
+def predict(folder: Path, data: str, client: int | None = None) -> tuple[list[str], list[list[Any]], float | None]:
+    """Predictions for ``data``: column names, rows, and the accuracy if the data has labels.
+
+    data: a data set by name (its test set if it has one), or a csv, parquet or npz file with the inputs the run
+    had; columns that were no inputs are ignored.
+    """
+    run = read_run(folder)
+    x, y = _inputs(run, data)
+    if tuple(x.shape[1:]) != tuple(run.federation.input_shape):
+        raise DataError(f"{data}: inputs of shape {tuple(x.shape[1:])}, the model takes {run.federation.input_shape}")
+    scores = run.scores(run.predictor(client), x)
+    task = run.federation.task
+    if task.kind != "classification":
+        names = [f"output_{i}" for i in range(scores.shape[1])]
+        return names, scores.tolist(), None
+    classes = list(task.classes) or [str(c) for c in range(task.outputs)]
+    found = scores.argmax(1)
+    probability = scores.double().softmax(1)
+    rows = [[classes[int(c)], *p] for c, p in zip(found, probability.tolist(), strict=True)]
+    accuracy = None if y is None else float((found == y).double().mean())
+    return ["predicted", *(f"p_{name}" for name in classes)], rows, accuracy
+
+
+def _inputs(run: Finished, data: str) -> tuple[Tensor, Tensor | None]:
+    """Inputs as the run's models take them, and labels if there are any."""
+    from consilience.data.datasets import NAMES, load
+    from consilience.data.preprocess import Table, apply, table_from_frame
+    from consilience.data.read import SUFFIXES, read_arrays, read_frame
+
+    federation = run.federation
+    statistics = getattr(federation, "statistics", None)
+    path = Path(data)
+    x: Any
+    y: Any
+    if data.partition(":")[0] in NAMES:
+        raw = load(data)
+        x, y = (raw.x, raw.y) if raw.test_x is None or raw.test_y is None else (raw.test_x, raw.test_y)
+    elif path.suffix.lower() == ".npz":
+        arrays = read_arrays(path)
+        if "x" not in arrays:
+            raise DataError(f"{path} has no array 'x'; it has {', '.join(arrays) or 'none'}")
+        x, y = arrays["x"].astype(np.float32), arrays.get("y")
+    elif path.suffix.lower() in SUFFIXES:
+        if statistics is None:
+            raise DataError(f"{path}: this run's inputs were arrays, not a table; give an npz file with an array x")
+        frame = read_frame(path)
+        missing = [name for name in statistics.columns if name not in frame.columns]
+        if missing:
+            raise DataError(f"{path} has no column '{missing[0]}', which the model needs")
+        x, y = table_from_frame(frame[list(statistics.columns)], str(path)), None
+    else:
+        raise DataError(f"{data}: neither a data set ({', '.join(NAMES)}) nor a {', '.join(SUFFIXES)} file")
+    if isinstance(x, Table):
+        if statistics is None:
+            raise DataError(f"{data} is a table, but this run's inputs were arrays")
+        x = apply(Table(tuple(c for c in x.columns if c.name in statistics.columns)), statistics)
+    known = y is not None and y.dtype.kind in "iu"
+    return torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(np.asarray(y, np.int64)) if known else None
+
+
+def export(folder: Path, out: Path, client: int | None = None) -> list[Path]:
+    """Write a model's weights as safetensors, under the names that ``load_state_dict`` takes, and config.json
+    beside it; returns both paths. Raises ConfigError if what would be deployed is not one network."""
+    from safetensors.torch import save
+
+    run = read_run(folder)
+    predictor = run.predictor(client)
+    if not isinstance(predictor, Net):
+        raise ConfigError(f"{run.spec.method} deploys a {type(predictor).__name__}, which is not one network to export")
+    tensors = {k: v.contiguous() for k, v in {**predictor.weights.params, **predictor.weights.buffers}.items()}
+    task, federation = run.federation.task, run.federation
+    about = {
+        "model": predictor.model or run.worker.place.server_model,
+        "input_shape": list(federation.input_shape),
+        "outputs": task.outputs,
+        "task": task.kind,
+        "classes": list(task.classes),
+        "features": federation.about.get("features", []),
+        "method": run.spec.label,
+        "rounds": run.snapshot.version,
+        "client": client,
+        "data": run.spec.config.data,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_atomically(out / "model.safetensors", save(tensors))
+    checkpoint.write_atomically(out / "config.json", json.dumps(about, indent=1))
+    return [out / "model.safetensors", out / "config.json"]
+
+
+def read_weights(path: Path, architecture: Architecture) -> Weights:
+    """Weights from a safetensors file with plain names (as :func:`export` writes). Raises ConfigError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        found = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"--init {path}: not a readable safetensors file ({error})") from None
+    own = architecture.initial(0)
+    wanted = {**own.params, **own.buffers}
+    if {k: v.shape for k, v in found.items()} != {k: v.shape for k, v in wanted.items()}:
+        odd = sorted(found.keys() ^ wanted.keys()) or [k for k in wanted if found[k].shape != wanted[k].shape]
+        raise ConfigError(f"--init {path}: not weights of model '{architecture.name}' here ('{odd[0]}' does not fit)")
+    cast = {k: found[k].to(v.dtype) for k, v in wanted.items()}
+    return Weights({k: cast[k] for k in own.params}, {k: cast[k] for k in own.buffers})
