@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +13,7 @@ from torch import Tensor
 
 from consilience.core.errors import CheckpointError, ConfigError, NeedsError, nearest
 from consilience.core.evaluate import Evaluation
-from consilience.core.events import Instant, Schedule, cohort_size
+from consilience.core.events import Clock, Instant, Schedule, cohort_size
 from consilience.core.executor import Executor
 from consilience.core.federation import Federation
 from consilience.core.method import Method
@@ -111,6 +109,7 @@ def run(
     executor: str = "auto",
     workers: int | None = None,
     init: Weights | None = None,
+    clock: Clock | None = None,
     seed: int = 0,
     out: str | Path | None = None,
     resume: bool = False,
@@ -121,8 +120,9 @@ def run(
 
     model: the server's, by name, factory or Architecture; models: of the clients ("lenet*0.5,mlp*0.5", or one per
     client), if not all have the server's. participation: a fraction (float, at most 1) or a count (int) of the
-    clients per round. out: a folder to write; resume: go on from the folder's newest checkpoint. config: what
-    config.yaml shall say. on_line: called with each line of history. The rest as in the command line.
+    clients per round. clock: how long jobs take in virtual time (no time at all). out: a folder to write; resume:
+    go on from the folder's newest checkpoint. config: what config.yaml shall say. on_line: called with each line
+    of history. The rest as in the command line.
 
     Raises ConfigError, DataError or NeedsError before any work, ClientError if a client's own code fails.
     """
@@ -135,13 +135,12 @@ def run(
         rounds=rounds,
         cohort=cohort_size(participation, len(federation.seen)),
         schedule=_schedule(schedule or method.schedule),
-        clock=Instant(),
+        clock=clock or Instant(),
         measures=Standard(),
         recorder=keeper,
         stages=(Validation(worker.place),),
         evaluation=Evaluation(eval_every, eval_clients_every, eval_clients, worker.place.chunk),
         checkpoint_every=checkpoint_every if recorder is not None else 0,
-        failpoint=failpoint,
         elapsed=spent,
     )
     with single_thread():
@@ -317,18 +316,6 @@ def single_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def failpoint(name: str) -> None:
-    """Die here if CONSILIENCE_FAILPOINT says so ("name" or "name:count", for tests of resuming)."""
-    wanted, _, count = os.environ.get("CONSILIENCE_FAILPOINT", "").partition(":")
-    if wanted == name:
-        _reached[name] = _reached.get(name, 0) + 1
-        if _reached[name] >= int(count or 1):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-_reached: dict[str, int] = {}
-
-
 class _Keeper:
     """Keeps lines in memory, and passes them to a folder and a listener if there are any."""
 
@@ -356,7 +343,6 @@ class _Keeper:
 
     def checkpoint(self, snapshot: Snapshot) -> None:
         """A good moment to save."""
-        failpoint("checkpoint")
         if self._folder is not None:
             self._folder.checkpoint(snapshot)
 

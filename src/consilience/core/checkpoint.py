@@ -10,6 +10,7 @@ from typing import Any
 
 from consilience.core.encode import DecodeError, decode, encode
 from consilience.core.errors import CheckpointError
+from consilience.core.failpoint import reach
 from consilience.core.tree import Tree
 
 GENERATIONS = 2
@@ -36,15 +37,18 @@ def save(folder: Path, version: int, state: Tree, notes: dict[str, Any]) -> None
 
     Raises OSError (a full disk, say); the generations written before stay.
     """
+    reach("checkpoint-before")
     folder.mkdir(parents=True, exist_ok=True)
     data = encode(state)
     name = f"{version:08d}"
     write_atomically(folder / f"{name}.safetensors", data)
+    reach("checkpoint-middle")
     note = {**notes, "round": version, "sha256": hashlib.sha256(data).hexdigest()}
     write_atomically(folder / f"{name}.json", json.dumps(note, indent=1))
     for old in sorted(folder.glob("*.json"), reverse=True)[GENERATIONS:]:
         old.unlink()
         old.with_suffix(".safetensors").unlink(missing_ok=True)
+    reach("checkpoint-after")
 
 
 def load(folder: Path) -> tuple[Tree, dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -15,6 +15,7 @@ from consilience.core.errors import ConfigError, ConsilienceError
 from consilience.core.evaluate import Evaluation, Judge, Line, Measures
 from consilience.core.events import Clock, Decision, Event, Schedule, Start, View, draw_cohort
 from consilience.core.executor import Executor
+from consilience.core.failpoint import reach
 from consilience.core.messages import ClientInfo, Inbox, Job, Reply, Score
 from consilience.core.method import Coin, Phase
 from consilience.core.site import Host
@@ -118,7 +119,7 @@ class Setup:
     """What :func:`run` is given beside method, federation and executor.
 
     rounds: server updates to make. cohort: clients a round asks for. checkpoint_every: rounds, 0 for never
-    (but the end is always offered to the recorder). failpoint: called with the name of the place reached.
+    (but the end is always offered to the recorder).
     elapsed: wall seconds spent before, for a run that is resumed.
     """
 
@@ -131,7 +132,6 @@ class Setup:
     stages: Sequence[Stage] = ()
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoint_every: int = 10
-    failpoint: Callable[[str], None] = lambda name: None
     elapsed: float = 0.0
 
 
@@ -269,7 +269,7 @@ class Loop:
     def _collect(self) -> None:
         """Compute everything that was dispatched, together, and let it arrive at its time."""
         opened, self._open = self._open, []
-        self.setup.failpoint("work")
+        reach("work")
         works = self.executor.collect([o.job for o in opened], [o.ticket for o in opened])
         for o, work in zip(opened, works, strict=True):
             job, up = o.job, _bytes(work.update)
@@ -310,7 +310,7 @@ class Loop:
     def _combine(self, chain: tuple[int, ...], replies: Sequence[Reply]) -> None:
         """Stages, then aggregation, then commit or roll back."""
         phase, good = self.program[chain[-1]], list(replies)
-        self.setup.failpoint("aggregate")
+        reach("aggregate")
         if phase.over != "neighbours":
             for stage in self.setup.stages:
                 kept, refusals = stage(good, self.server)
@@ -385,7 +385,7 @@ class Loop:
     def _flush(self) -> None:
         """Finish lines under way. The last one stays open while the next round is computed."""
         for line in self.lines:
-            self.setup.failpoint("evaluate")
+            reach("evaluate")
             found, clients = self.judge.finish(line)
             self.setup.recorder.line({**found, "wall_s": time.perf_counter() - self.began}, clients)
         self.lines = []

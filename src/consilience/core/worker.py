@@ -15,6 +15,7 @@ from torch import Tensor
 
 from consilience.core import tree as tr
 from consilience.core.errors import ClientError
+from consilience.core.failpoint import reach
 from consilience.core.federation import Federation, Split
 from consilience.core.messages import ClientInfo, DeltaUpdate, Inbox, Job, Kind, Reply, Score, Work, kinds
 from consilience.core.method import Method, Phase
@@ -84,6 +85,7 @@ class Worker:
     def do_train(self, message: Tree, job: Job, state: Tree) -> tuple[Work, Tree]:
         """A client's work in one phase: (what it did, its new state)."""
         site, phase = self.site(job)
+        reach("client-before")
         with _blame(site, phase, "client_update"):
             message, own = self._open(site, message, state)
             before = self._judge(site, message, own) if job.judge else None
@@ -91,6 +93,7 @@ class Worker:
             after = site.evaluate(self.method.trained_model(site, message, update, own)) if job.judge else None
             samples, steps = site.computed
             update, kept = self._close(update, own)
+        reach("client-after")
         return Work(update, samples, steps, site.last_loss, before, after), kept
 
     def do_mix(self, shared: Tree, job: Job, inbox: Inbox, state: Tree) -> Tree:
