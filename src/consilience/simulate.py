@@ -177,7 +177,9 @@ def prepare(
     if any(phase.over == "neighbours" for phase in method.program()):
         from consilience.fleet.topology import mixing as weights
 
-        mixing = weights(topology, federation.n_clients)
+        ids = [int(client) for client in federation.seen]
+        rows = weights(topology, len(ids))
+        mixing = {ids[i]: {ids[j]: w for j, w in row.items()} for i, row in rows.items()}
     place = Place(
         task=federation.task,
         method=method,

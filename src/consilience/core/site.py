@@ -146,9 +146,9 @@ class Site:
     def scores(self, predictor: Predictor, x: Tensor) -> Tensor:
         """A predictor's scores for ``x``, chunk by chunk, without side effects."""
         rows = self.cast(Split(x, torch.zeros(len(x), dtype=torch.int64)))
-        with self._scope(), torch.inference_mode():
+        with self._scope(), torch.no_grad():
             scorer = predictor.scorer(self)
-            return torch.cat([scorer(chunk.x) for chunk in chunks(rows, self.place.chunk)]).clone()
+            return torch.cat([scorer(chunk.x) for chunk in chunks(rows, self.place.chunk)])
 
     def evaluate(self, predictor: Predictor | Weights | None, data: Split | None = None) -> Score:
         """Rows, mean loss and accuracy on ``data`` (the test rows), without side effects. No predictor: no rows."""

@@ -1,0 +1,182 @@
+"""Every method, and five awkward ones, against every promise of the core."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+import consilience
+from consilience import methods
+from consilience.core import failpoint
+from consilience.core import tree as tr
+from consilience.core.encode import decode, encode, encoded_size
+from consilience.core.events import Decision
+from consilience.schedule.rounds import Rounds
+
+from .fixtures.dpsgd import DPSGD
+from .fixtures.fedasmu import Asynchronous, FedASMU, Spread
+from .fixtures.feddf import FedDF
+from .fixtures.fedem import FedEM
+from .fixtures.fedmd import FedMD
+
+ROUNDS = 4
+
+
+@dataclass
+class Case:
+    """A method and how to run it."""
+
+    method: Any
+    options: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+FIXTURES = {
+    "fedmd": Case(FedMD(), {"models": "mlp:16*0.5,logistic*0.5"}, {"public": 60}),
+    "feddf": Case(FedDF(), {"models": "mlp:16*0.5,logistic*0.5", "model": "logistic"}, {"public": 60}),
+    "fedem": Case(FedEM()),
+    "dpsgd": Case(DPSGD(), {"topology": "ring", "participation": 1.0}),
+    "fedasmu": Case(FedASMU(), {"schedule": Asynchronous(), "clock": Spread(), "participation": 3}),
+}
+CASES = {name: Case(cls()) for name, cls in methods.every().items()} | {f"fixture-{k}": c for k, c in FIXTURES.items()}
+
+
+def run(case: Case, executor: str = "serial", **options: Any) -> consilience.Result:
+    federation = consilience.make_federation(
+        "digits", clients=6, partition="dirichlet:0.5", unseen=1, seed=1, **case.data
+    )
+    base = {"model": "mlp:16", "rounds": ROUNDS, "participation": 3, "eval_clients_every": 2, "checkpoint_every": 1}
+    return consilience.run(case.method, federation, **{**base, **case.options, "executor": executor, **options})
+
+
+@pytest.fixture(scope="module")
+def straight() -> dict[str, consilience.Result]:
+    return {}
+
+
+@pytest.fixture(params=CASES)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def serial(name: str, straight: dict[str, consilience.Result]) -> consilience.Result:
+    if name not in straight:
+        straight[name] = run(CASES[name])
+    return straight[name]
+
+
+def test_learns_and_reports(name: str, serial: consilience.Result) -> None:
+    assert [line["round"] for line in serial.history] == [1, 2, 3, 4]
+    last = serial.history[-1]
+    assert last["samples"] > 0
+    assert {"mean", "worst10", "std", "jain", "before", "after"} <= last["clients"].keys()
+    assert last["unseen"]["mean"] >= 0
+    assert ("global" in last) == (serial.global_model is not None)
+    assert not serial.refused
+    judged = [row for row in serial.clients if row["round"] == ROUNDS]
+    assert [row["client"] for row in judged] == list(range(6))
+    assert sum(not row["seen"] for row in judged) == 1
+
+
+def test_processes_give_the_same_bits(name: str, serial: consilience.Result) -> None:
+    assert run(CASES[name], "processes", workers=2).digest == serial.digest
+
+
+def test_same_bits_after_dying_anywhere(
+    name: str, serial: consilience.Result, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place, count in (("client-after", 5), ("work", 3), ("aggregate", 3), ("evaluate", 2), ("checkpoint-middle", 2)):
+        out = tmp_path / place
+        with monkeypatch.context() as patch:
+            patch.setenv("CONSILIENCE_FAILPOINT", f"{place}:{count}:raise")
+            with pytest.raises(failpoint.Died):
+                run(CASES[name], out=out)
+        result = run(CASES[name], out=out, resume=True)
+        assert result.digest == serial.digest, place
+        assert (out / "digest.txt").read_text() == serial.digest
+        lines = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+        assert [line["round"] for line in lines] == [1, 2, 3, 4]
+
+
+def test_state_survives_the_codec(name: str, serial: consilience.Result) -> None:
+    blob = encode(serial.snapshot)
+    assert len(blob) == encoded_size(serial.snapshot)
+    again = decode(blob)
+    assert tr.digest(again) == tr.digest(serial.snapshot)
+    assert type(again.server) is type(serial.server)
+
+
+def test_evaluation_changes_nothing(name: str, serial: consilience.Result) -> None:
+    quiet = run(CASES[name], eval_every=3, eval_clients_every=0, checkpoint_every=0)
+    assert quiet.digest.splitlines()[:2] == serial.digest.splitlines()[:2]
+
+
+class Backwards(Rounds):
+    """Rounds whose replies are combined in the order in which they came last to first."""
+
+    def on(self, events: Any, view: Any, state: Any) -> Decision:
+        decision = super().on(events, view, state)
+        return decision._replace(admit=[list(reversed(group)) for group in decision.admit], start=decision.start[::-1])
+
+
+def test_order_of_arrival_does_not_matter(name: str, serial: consilience.Result) -> None:
+    if "schedule" in CASES[name].options:
+        pytest.skip("brings its own schedule")
+    assert run(CASES[name], schedule=Backwards()).digest == serial.digest
+
+
+def test_global_generator_is_left_alone(name: str) -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    torch.manual_seed(7)
+    run(CASES[name], rounds=1)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_fedasmu_merges_fresh_models_in_mid_job() -> None:
+    """With equal speeds nothing is newer in mid-job; with different speeds something is."""
+    mixed = run(FIXTURES["fedasmu"], rounds=8)
+    stale = run(Case(FedASMU(beta=0.0), FIXTURES["fedasmu"].options), rounds=8)
+    assert mixed.history[-1]["virtual_s"] == stale.history[-1]["virtual_s"] > 0
+    assert mixed.digest != stale.digest
+    level = {"participation": 3, "schedule": "rounds"}
+    assert run(Case(FedASMU(), level)).digest == run(Case(FedASMU(beta=0.9), level)).digest
+
+
+def test_fedem_with_one_component_is_fedavg() -> None:
+    one, plain = run(Case(FedEM(components=1))), run(CASES["fedavg"])
+    assert tr.digest(one.server.models[0]) == tr.digest(plain.server.model)
+
+
+def test_feddf_without_steps_is_fedavg() -> None:
+    same = run(Case(FedDF(distill_steps=0), {}, {"public": 60}))
+    plain = run(Case(methods.FedAvg(), {}, {"public": 60}))
+    assert tr.digest(same.server.models["mlp:16"]) == tr.digest(plain.server.model)
+
+
+def test_dpsgd_on_a_complete_graph_is_fedavg_after_a_step() -> None:
+    alone = {"topology": "complete", "participation": 1.0, "rounds": 1}
+    mixed = run(Case(DPSGD(local_steps=1), alone))
+    plain = run(Case(methods.FedAvg(local_steps=1, weights="uniform"), alone))
+    for client, state in mixed.states.items():
+        for key, value in plain.server.model.params.items():
+            assert torch.allclose(state.params[key], value, atol=1e-6), (client, key)
+
+
+def test_neighbours_pay_for_their_links() -> None:
+    ring = run(FIXTURES["dpsgd"])
+    size = encoded_size(ring.states[0])
+    assert ring.history[-1]["bytes_up"] == ring.history[-1]["bytes_down"]
+    assert ring.history[-1]["bytes_up"] % size == 0
+
+
+def test_failpoints_are_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "CONSILIENCE_FAILPOINT" not in os.environ
+    for place in failpoint.NAMES:
+        failpoint.reach(place)

@@ -1,0 +1,262 @@
+"""Small federations, models and methods that misbehave, for tests. Importable in worker processes too."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from consilience.core import tree as tr
+from consilience.core.evaluate import Evaluation
+from consilience.core.events import Instant
+from consilience.core.executor import Executor
+from consilience.core.federation import ClientData, Federation, Split, Task
+from consilience.core.fit import Batch, Plan
+from consilience.core.messages import Job, ModelUpdate, Reply
+from consilience.core.method import Method, Phase, option
+from consilience.core.model import Architecture, Weights
+from consilience.core.run import Refusal, Setup, Snapshot
+from consilience.core.run import run as run_loop
+from consilience.core.site import Site
+from consilience.core.tree import Tree
+from consilience.core.worker import Worker
+from consilience.execute.serial import Serial
+from consilience.measure.metrics import Standard
+from consilience.methods.fedavg import FedAvg
+from consilience.methods.scaffold import Scaffold
+from consilience.models.small import Linear, SplitModel
+from consilience.schedule.rounds import Rounds
+from consilience.simulate import prepare
+from consilience.wire.validate import Validation
+
+SIZES = (7, 12, 20, 5, 9)
+FEATURES, CLASSES = 5, 3
+
+
+@dataclass(kw_only=True, eq=False)
+class Parts(Federation):
+    """A federation of given clients."""
+
+    parts: Sequence[ClientData] = field(default=())
+
+    def data(self, client: int) -> ClientData:
+        return self.parts[client]
+
+    def size(self, client: int) -> int:
+        return len(self.parts[client].train)
+
+
+def split(n: int, rng: np.random.Generator, *, regression: bool = False, dtype: torch.dtype = torch.float32) -> Split:
+    """``n`` rows that can be learned."""
+    x = rng.standard_normal((n, FEATURES)) + rng.standard_normal(FEATURES)
+    y = x @ np.arange(1.0, 1 + FEATURES) + rng.standard_normal(n)
+    if regression:
+        return Split(torch.from_numpy(x).to(dtype), torch.from_numpy(y).to(dtype))
+    return Split(torch.from_numpy(x).to(dtype), torch.from_numpy(np.digitize(y, (-4.0, 4.0))))
+
+
+def federation(sizes: Sequence[int] = SIZES, *, regression: bool = False, dtype: Any = torch.float32) -> Parts:
+    """Clients of these sizes, each with rows of its own distribution, and a global test set of 31 rows."""
+    rng = np.random.default_rng(0)
+    kind: dict[str, Any] = {"regression": regression, "dtype": dtype}
+    task = Task("regression", 1) if regression else Task("classification", CLASSES)
+    made = [ClientData(split(n, rng, **kind), split(0, rng, **kind), split(6, rng, **kind)) for n in sizes]
+    test = split(31, rng, **kind)
+    return Parts(name="parts", task=task, n_clients=len(sizes), input_shape=(FEATURES,), test=test, parts=made)
+
+
+class Noisy(SplitModel):
+    """A model with dropout and BatchNorm."""
+
+    def __init__(self, input_shape: tuple[int, ...], outputs: int) -> None:
+        layers = [nn.Linear(input_shape[0], 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.5)]
+        super().__init__(nn.Sequential(*layers), nn.Linear(6, outputs), 6)
+
+
+class Normed(SplitModel):
+    """A model with BatchNorm and no dropout."""
+
+    def __init__(self, input_shape: tuple[int, ...], outputs: int) -> None:
+        super().__init__(nn.Sequential(nn.Linear(input_shape[0], 6), nn.BatchNorm1d(6)), nn.Linear(6, outputs), 6)
+
+
+class Twins(nn.Module):
+    """Two parameters whose gradients autograd hands out as one tensor."""
+
+    def __init__(self, input_shape: tuple[int, ...], outputs: int) -> None:
+        super().__init__()
+        self.p = nn.Parameter(torch.randn(outputs, *input_shape))
+        self.q = nn.Parameter(torch.randn(outputs, *input_shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.p + self.q).T
+
+
+def architecture(factory: Any = Linear, outputs: int = CLASSES, dtype: torch.dtype = torch.float32) -> Architecture:
+    """A factory's architecture for the federations made here."""
+    return Architecture(factory.__name__.lower(), factory, (FEATURES,), outputs, dtype)
+
+
+LINEAR = architecture()
+LINEAR64 = architecture(dtype=torch.float64)
+SCALAR64 = architecture(outputs=1, dtype=torch.float64)
+NOISY = architecture(Noisy)
+NORMED = architecture(Normed)
+
+
+def worker(method: Method, fed: Federation | None = None, model: Architecture = LINEAR, seed: int = 0) -> Worker:
+    """A worker for ``method``."""
+    return prepare(method, fed or federation(), model=model, seed=seed)
+
+
+def site(at: Worker, client: int = 0, number: int = 1, version: int = 0) -> Site:
+    """A client's site for its ``number``-th job."""
+    return at.site(Job(0, client, number, 0, version, 0))[0]
+
+
+def reply(client: int, update: Tree, samples: int = 1) -> Reply:
+    """A reply as the server gets it."""
+    return Reply(Job(client, client, 1, 0, 0, 0), update, samples, samples, 1, 0, 0.0, 0.0)
+
+
+class Memory:
+    """A recorder that keeps everything."""
+
+    def __init__(self) -> None:
+        self.lines: list[dict[str, Any]] = []
+        self.clients: list[dict[str, Any]] = []
+        self.dropped: list[tuple[int, Refusal]] = []
+        self.snapshots: dict[int, Snapshot] = {}
+
+    def line(self, record: dict[str, Any], clients: Sequence[dict[str, Any]]) -> None:
+        self.lines.append({key: value for key, value in record.items() if key != "wall_s"})
+        self.clients.extend(clients)
+
+    def refused(self, version: int, refusals: Sequence[Refusal]) -> None:
+        self.dropped.extend((version, refusal) for refusal in refusals)
+
+    def checkpoint(self, snapshot: Snapshot) -> None:
+        self.snapshots[snapshot.version] = snapshot
+
+
+def loop(
+    at: Worker | Executor,
+    rounds: int,
+    *,
+    cohort: int = 99,
+    resume: Snapshot | None = None,
+    evaluation: Evaluation | None = None,
+    **more: Any,
+) -> Memory:
+    """The server loop with a snapshot after every round."""
+    executor = Serial(at) if isinstance(at, Worker) else at
+    memory = Memory()
+    clients = len(executor.worker.federation.seen)
+    setup = Setup(
+        rounds=rounds,
+        cohort=min(cohort, clients),
+        schedule=Rounds(),
+        clock=Instant(),
+        measures=Standard(),
+        recorder=memory,
+        stages=(Validation(executor.worker.place),),
+        evaluation=evaluation or Evaluation(),
+        checkpoint_every=1,
+        **more,
+    )
+    run_loop(executor, setup, resume)
+    return memory
+
+
+def vector(tree: Tree) -> Tensor:
+    """All floating numbers of a tree in one float64 vector."""
+    return torch.cat([t.double().flatten() for t in tr.tensors(tree) if t.is_floating_point()])
+
+
+# --- methods that misbehave ------------------------------------------------------------------------------------
+
+
+def _spoiled(weights: Weights) -> Weights:
+    first = next(iter(weights.params))
+    return weights._replace(params={**weights.params, first: torch.full_like(weights.params[first], float("nan"))})
+
+
+@dataclass(frozen=True)
+class Spoiler(FedAvg):
+    """Client ``bad`` sends nan in the rounds up to ``until``."""
+
+    bad: int = option(1, "who")
+    until: int = option(99, "last round")
+
+    def client_update(self, phase: Phase, site: Site, message: Tree, state: Tree) -> tuple[Tree, Tree]:
+        update, state = super().client_update(phase, site, message, state)
+        if site.id == self.bad and site.job.round <= self.until:
+            update = ModelUpdate(_spoiled(update.model))
+        return update, state
+
+
+@dataclass(frozen=True)
+class SpoiledScaffold(Scaffold):
+    """Client 1 sends a nan control in every other round."""
+
+    def client_update(self, phase: Phase, site: Site, message: Tree, state: Tree) -> tuple[Tree, Tree]:
+        update, state = super().client_update(phase, site, message, state)
+        if site.id == 1 and site.job.round % 2:
+            update = update._replace(control=_spoiled(Weights(update.control, {})).params)
+        return update, state
+
+
+@dataclass(frozen=True)
+class Chosen(FedAvg):
+    """Asks the same clients every round. numpy: names them by numpy integers."""
+
+    who: tuple[int, ...] = option((0, 2), "the clients")
+    numpy: bool = option(False, "as an array")
+
+    def select(self, server: Tree, view: Any) -> Any:
+        return np.array(self.who) if self.numpy else list(self.who)
+
+
+@dataclass(frozen=True)
+class Breaks(FedAvg):
+    """Client 1's loss fails in round 2."""
+
+    def plan(self, site: Site, message: Tree, state: Tree) -> Plan:
+        def broken_loss(model: nn.Module, batch: Batch) -> Tensor:
+            raise ValueError("boom")
+
+        return Plan(loss=broken_loss) if site.id == 1 and site.job.round == 2 else Plan()
+
+
+@dataclass(frozen=True)
+class Dies(FedAvg):
+    """Client 2's process kills itself in round 2, once (or always, without a marker file)."""
+
+    marker: str = option("", "file that says it has happened")
+
+    def client_update(self, phase: Phase, site: Site, message: Tree, state: Tree) -> tuple[Tree, Tree]:
+        if site.id == 2 and site.job.round == 2 and not (self.marker and Path(self.marker).exists()):
+            if self.marker:
+                Path(self.marker).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().client_update(phase, site, message, state)
+
+
+@dataclass(frozen=True)
+class Remembers(FedAvg):
+    """A client's state counts its updates."""
+
+    def init_client(self, site: Site) -> Tree:
+        return {"count": 0}
+
+    def client_update(self, phase: Phase, site: Site, message: Tree, state: Tree) -> tuple[Tree, Tree]:
+        update, _ = super().client_update(phase, site, message, state)
+        return update, {"count": state["count"] + 1}
+
