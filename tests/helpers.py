@@ -20,11 +20,12 @@ from consilience.core.executor import Executor
 from consilience.core.federation import ClientData, Federation, Split, Task
 from consilience.core.fit import Batch, Plan
 from consilience.core.messages import Job, ModelUpdate, Reply
-from consilience.core.method import Method, Phase, option
+from consilience.core.method import Method, Phase
 from consilience.core.model import Architecture, Weights
 from consilience.core.run import Refusal, Setup, Snapshot
 from consilience.core.run import run as run_loop
 from consilience.core.site import Site
+from consilience.core.training import option
 from consilience.core.tree import Tree
 from consilience.core.worker import Worker
 from consilience.execute.serial import Serial
@@ -259,4 +260,3 @@ class Remembers(FedAvg):
     def client_update(self, phase: Phase, site: Site, message: Tree, state: Tree) -> tuple[Tree, Tree]:
         update, _ = super().client_update(phase, site, message, state)
         return update, {"count": state["count"] + 1}
-
