@@ -145,6 +145,8 @@ def _undecided(facts: Facts) -> str:
     if compared.detectable:
         seeds = plural(len(facts.seeds), "seed")
         could = f", and {seeds} could only have shown differences above about {gap(compared.detectable)}"
+        if not facts.lower and compared.detectable >= 1:
+            could = f", and {seeds} are too few to show any"
     return (
         f"<b>No difference was found</b> between the {len(facts.ranked)} methods: {between} "
         f"(smallest {p_value(smallest)}){could}."

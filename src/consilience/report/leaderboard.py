@@ -211,7 +211,7 @@ def _notes(facts: Facts) -> str:
             "A bar joins methods that do not differ significantly (paired t-tests over seeds, Holm-corrected, "
             "&alpha; = 0.05). Rank is 1 plus the number of methods that are significantly better."
         )
-        if compared.detectable:
+        if compared.detectable and (facts.lower or compared.detectable < 1):
             text += (
                 f" With {plural(len(facts.seeds), 'seed')}, a difference below about "
                 f"{facts.scale.gap(compared.detectable)} would often go unnoticed."

@@ -42,15 +42,17 @@ def leaderboard_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     unit = f" {scale.unit}" if scale.unit else ""
     table = _grid(f"{key.capitalize()} of the {metric}, mean over seeds")
     table.add_column("Method", no_wrap=True)
-    heads = [f"{key.capitalize()}{unit}", "95 % CI", *([] if scale.lower else ["Clients %", "Worst 10 % %"])]
+    both = not scale.lower and metric == "global model"
+    heads = [f"{key.capitalize()}{unit}", "95 % CI", *(["Clients %"] if both else [])]
+    heads += [] if scale.lower else ["Worst 10 %"]
     heads += [traffic.name, f"Wall {wall.name}", *([f"Virtual {virtual.name}"] if moved else []), "Seeds"]
     for head in heads:
-        table.add_column(head.replace("Worst 10 % %", "Worst 10 %"), justify="right")
+        table.add_column(head, justify="right", no_wrap=head == "95 % CI")
     for i, row in enumerate(rows):
         ci = row[f"{key}_ci"]
-        cells = [scale.number(row[key]), f"{scale.number(ci[0])} to {scale.number(ci[1])}" if ci else NONE]
-        if not scale.lower:
-            cells += [scale.number(row["clients_mean"]), scale.number(row["worst10"])]
+        cells = [scale.number(row[key]), f"{scale.number(ci[0])}…{scale.number(ci[1])}" if ci else NONE]
+        cells += [scale.number(row["clients_mean"])] if both else []
+        cells += [] if scale.lower else [scale.number(row["worst10"])]
         cells += [traffic.number(row["bytes"]) if row["bytes"] else NONE, wall.number(row["wall_s"])]
         if moved:
             cells.append(virtual.number(row["virtual_s"]))
