@@ -22,6 +22,8 @@ from consilience.core.fit import Batch, Plan
 from consilience.core.messages import Job, ModelUpdate, Reply
 from consilience.core.method import Method, Phase
 from consilience.core.model import Architecture, Weights
+from consilience.core.predict import Net
+from consilience.core.reduce import weighted_sum
 from consilience.core.run import Refusal, Setup, Snapshot
 from consilience.core.run import run as run_loop
 from consilience.core.site import Site
@@ -37,7 +39,7 @@ from consilience.schedule.rounds import Rounds
 from consilience.simulate import prepare
 from consilience.wire.validate import Validation
 
-SIZES = (7, 12, 20, 5, 9)
+SIZES = (7, 12, 20, 6, 10)
 FEATURES, CLASSES = 5, 3
 
 
@@ -98,6 +100,25 @@ class Twins(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ (self.p + self.q).T
+
+
+class Frozen(SplitModel):
+    """A model whose features its maker froze."""
+
+    def __init__(self, input_shape: tuple[int, ...], outputs: int) -> None:
+        super().__init__(nn.Linear(input_shape[0], 6).requires_grad_(False), nn.Linear(6, outputs), 6)
+
+
+class Counting(Linear):
+    """A model with a buffer that is not part of its state and changes what it computes."""
+
+    def __init__(self, input_shape: tuple[int, ...], outputs: int) -> None:
+        super().__init__(input_shape, outputs)
+        self.register_buffer("calls", torch.zeros(()), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x) / self.calls
 
 
 def architecture(factory: Any = Linear, outputs: int = CLASSES, dtype: torch.dtype = torch.float32) -> Architecture:
@@ -260,3 +281,41 @@ class Remembers(FedAvg):
     def client_update(self, phase: Phase, site: Site, message: Tree, state: Tree) -> tuple[Tree, Tree]:
         update, _ = super().client_update(phase, site, message, state)
         return update, {"count": state["count"] + 1}
+
+
+@dataclass(frozen=True)
+class Gossip(Method):
+    """Local steps, then the mean of parameters with neighbours; buffers stay at home."""
+
+    name = "gossip"
+
+    def program(self) -> tuple[Phase, ...]:
+        return (Phase("train"), Phase("mix", over="neighbours"))
+
+    def init_server(self, host: Any) -> Tree:
+        return None
+
+    def broadcast(self, phase: Phase, server: Tree, client: Any) -> Tree:
+        return None
+
+    def init_client(self, site: Site) -> Weights:
+        return site.initial()
+
+    def client_update(self, phase: Phase, site: Site, message: Tree, state: Weights) -> tuple[Tree, Tree]:
+        return None, site.fit(state).weights
+
+    def aggregate(self, phase: Phase, host: Any, server: Tree, replies: Any, cohort: Any) -> Tree:
+        return server
+
+    def send(self, phase: Phase, state: Weights) -> Tree:
+        return state.params
+
+    def mix(self, phase: Phase, site: Site, state: Weights, inbox: Any) -> Weights:
+        mean = weighted_sum(list(inbox.messages.values()), list(inbox.weights.values()))
+        return Weights(mean, state.buffers)
+
+    def global_model(self, server: Tree) -> None:
+        return
+
+    def personal_model(self, site: Site, message: Tree, state: Weights) -> Net:
+        return Net(state, site.model)

@@ -14,6 +14,8 @@ from helpers import (
     LINEAR,
     NOISY,
     NORMED,
+    Counting,
+    Frozen,
     Normed,
     Parts,
     Twins,
@@ -157,6 +159,20 @@ def test_only_chosen_parameters_move() -> None:
     assert not torch.equal(again.weights.params["features.0.weight"], start.params["features.0.weight"])
     with pytest.raises(ValueError, match="nothing to train"):
         at.fit(start, trainable=lambda name: False)
+
+
+def test_parameters_that_the_model_froze_stay_frozen() -> None:
+    at = place(model=architecture(Frozen))
+    start = at.initial()
+    end = at.fit(start).weights
+    assert torch.equal(end.params["features.weight"], start.params["features.weight"])
+    assert not torch.equal(end.params["head.weight"], start.params["head.weight"])
+
+
+def test_a_borrowed_module_remembers_nothing_of_the_last_borrower() -> None:
+    at = place(model=architecture(Counting))
+    one, two = at.fit(at.initial()), at.fit(at.initial())
+    assert tr.digest(one.weights) == tr.digest(two.weights)
 
 
 def test_sample_weights_multiply_each_rows_loss() -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_type_h
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from consilience.core import optim
 from consilience.core import tree as tr
 from consilience.core.errors import ConfigError, nearest
 from consilience.core.fit import Fit, Plan
@@ -105,6 +106,7 @@ class Method(Training):
                 why = error.errors()[0]["msg"]
                 raise ConfigError(f"{self.name or 'method'}: {key}={getattr(self, key)!r}: {why}") from None
             object.__setattr__(self, key, value)
+        optim.check(self.optimizer, self.momentum, self.weight_decay)
         self.check()
 
     def check(self) -> None:

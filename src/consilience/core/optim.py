@@ -86,16 +86,20 @@ def factory(name: str) -> Callable[..., Any]:
     return found
 
 
+def check(name: str, momentum: float, weight_decay: float) -> dict[str, float]:
+    """The options that an optimiser takes beside lr. Raises ConfigError if it is not known or lacks one of them."""
+    given = {key: v for key, v in (("momentum", momentum), ("weight_decay", weight_decay)) if v}
+    if name == "sgd":
+        return given
+    accepted = inspect.signature(factory(name)).parameters
+    for key in given:
+        if key not in accepted:
+            raise ConfigError(f"optimizer '{name}' has no {key}")
+    return given
+
+
 def make(name: str, parameters: Sequence[nn.Parameter], lr: float, momentum: float, weight_decay: float) -> Optimizer:
     """An optimiser over ``parameters``. Plain SGD takes no weight decay here: it is part of the gradient."""
     if name == "sgd":
         return SGD([p.data for p in parameters], momentum)
-    made = factory(name)
-    accepted = inspect.signature(made).parameters
-    options: dict[str, Any] = {"lr": lr}
-    for key, value in (("momentum", momentum), ("weight_decay", weight_decay)):
-        if value and key not in accepted:
-            raise ConfigError(f"optimizer '{name}' has no {key}")
-        if value:
-            options[key] = value
-    return Library(made, parameters, options)
+    return Library(factory(name), parameters, {"lr": lr, **check(name, momentum, weight_decay)})

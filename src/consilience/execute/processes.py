@@ -100,14 +100,18 @@ def _serve(worker: Worker, pipe: Connection, folder: Path, name: str, inherited:
         other.close()
     torch.set_num_threads(1)
     mapped, segments = Mapped(folder), Segments(folder, name)
+    try:
+        _answer(worker, pipe, mapped, segments)
+    except (EOFError, OSError):  # the parent has closed the pipe, or is gone
+        if os.getppid() == 1:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _answer(worker: Worker, pipe: Connection, mapped: Mapped, segments: Segments) -> None:
+    """Answer calls for ever. Raises EOFError or OSError when nobody listens any more."""
     shared: tuple[int, Tree] = (-1, None)
     while True:
-        try:
-            head, body = _receive(pipe)
-        except (EOFError, OSError):
-            if os.getppid() == 1:
-                shutil.rmtree(folder, ignore_errors=True)
-            return
+        head, body = _receive(pipe)
         ticket, function, args_at, shared_id, shared_at, free = head
         for segment in free:
             segments.give(segment)
@@ -117,11 +121,12 @@ def _serve(worker: Worker, pipe: Connection, folder: Path, name: str, inherited:
             args = decode(mapped.view(*args_at) if args_at[0] else body, copy=False)
             result = worker.run(Call(function, args, shared[1] if shared_id is not None else None))
             at, inline = _pack(result, segments)
-            _send(pipe, [ticket, "done", at], inline)
+            answer = [ticket, "done", at], inline
         except ClientError as error:
-            _send(pipe, [ticket, "client", [str(error), error.trace]], b"")
+            answer = [ticket, "client", [str(error), error.trace]], b""
         except Exception as error:
-            _send(pipe, [ticket, "failed", [f"{type(error).__name__}: {error}", traceback.format_exc()]], b"")
+            answer = [ticket, "failed", [f"{type(error).__name__}: {error}", traceback.format_exc()]], b""
+        _send(pipe, *answer)
 
 
 # --- in the parent ---------------------------------------------------------------------------------------------

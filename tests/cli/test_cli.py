@@ -1,0 +1,295 @@
+"""The command line as a user has it: child processes, their exit codes, what they print and what they leave."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from consilience import cli
+
+SMALL = ["--model", "mlp:16", "--rounds", "3", "--workers", "2"]
+
+
+def consilience(*arguments: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-m", "consilience.cli", *arguments]
+    return subprocess.run(
+        command, cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one finished run and one finished comparison."""
+    where = tmp_path_factory.mktemp("cli")
+    done = consilience("run", "scaffold", *SMALL, "--partition", "dirichlet:0.3", "--out", "one", cwd=where)
+    assert done.returncode == 0, done.stderr
+    names = ["local", "fedavg", "fedprox:mu=0.1", "centralised"]
+    done = consilience("compare", *names, *SMALL, "--seeds", "2", "--unseen", "0.2", "--out", "many", cwd=where)
+    assert done.returncode == 0, done.stderr
+    assert "report: many/report.html" in done.stdout
+    return where
+
+
+def test_help_and_version(tmp_path: Path) -> None:
+    shown = consilience("--help", cwd=tmp_path)
+    assert shown.returncode == 0
+    for command in ("run", "compare", "methods", "plan", "report", "resume", "digest", "predict", "export"):
+        assert command in shown.stdout
+    assert consilience("--version", cwd=tmp_path).stdout.startswith("0.")
+    options = consilience("run", "--help", cwd=tmp_path).stdout
+    assert "--partition" in options
+    assert "--batch-size" in options
+
+
+def test_help_does_not_import_torch(tmp_path: Path) -> None:
+    code = "import sys, consilience.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False).returncode == 0
+
+
+def test_a_runs_files(place: Path) -> None:
+    one = place / "one"
+    names = {path.name for path in one.iterdir()}
+    assert {"config.yaml", "partition.json", "history.jsonl", "clients.jsonl", "checkpoint", "report.html"} <= names
+    lines = [json.loads(line) for line in (one / "history.jsonl").read_text().splitlines()]
+    keys = {"round", "wall_s", "virtual_s", "bytes_up", "bytes_down", "samples", "global"}
+    assert all(keys <= line.keys() for line in lines)
+    assert {"accuracy", "loss"} <= lines[-1]["global"].keys()
+    assert {"mean", "worst10", "std", "jain", "before", "after"} <= lines[-1]["clients"].keys()
+    config = yaml.safe_load((one / "config.yaml").read_text())
+    assert config["method"] == "scaffold"
+    assert config["partition"] == "dirichlet:0.3"
+
+
+def test_a_comparisons_files(place: Path) -> None:
+    board = json.loads((place / "many" / "leaderboard.json").read_text())
+    keys = {"method", "metric", "accuracy", "accuracy_ci", "clients_mean", "worst10", "bytes", "wall_s", "virtual_s"}
+    assert all(keys <= row.keys() and row["seeds"] == 2 for row in board)
+    assert {row["metric"] for row in board} == {"clients.mean"}
+    assert [row["accuracy"] for row in board] == sorted((row["accuracy"] for row in board), reverse=True)
+    assert {row["method"] for row in board} == {"local", "fedavg", "fedprox:mu=0.1", "centralised"}
+    last = json.loads((place / "many" / "fedavg-seed1" / "history.jsonl").read_text().splitlines()[-1])
+    assert 0 <= last["unseen"]["mean"] <= 1
+    assert (place / "many" / "report.html").stat().st_size > 10_000
+
+
+def test_digest_is_the_same_on_any_executor(place: Path) -> None:
+    expected = consilience("digest", "one", cwd=place).stdout
+    assert [line.split()[0] for line in expected.splitlines()] == ["server", "clients", "history"]
+    assert expected == (place / "one" / "digest.txt").read_text()
+    config = place / "again.yaml"
+    config.write_text("model: mlp:16\nrounds: 3\npartition: dirichlet:0.3\nexecutor: serial\n")
+    done = consilience("run", "scaffold", "--config", str(config), "--out", "again", "--json", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert "\n".join(json.loads(done.stdout)["digest"]) + "\n" == expected
+
+
+def test_partition_file_makes_the_same_federation(place: Path) -> None:
+    done = consilience("run", "scaffold", *SMALL, "--partition", "one/partition.json", "--out", "filed", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert consilience("digest", "filed", cwd=place).stdout == consilience("digest", "one", cwd=place).stdout
+
+
+def test_resume_after_a_kill(place: Path) -> None:
+    more = ["--checkpoint-every", "1", "--partition", "dirichlet:0.3", "--out", "killed"]
+    killed = consilience("run", "scaffold", *SMALL, *more, cwd=place, env={"CONSILIENCE_FAILPOINT": "aggregate:3"})
+    assert killed.returncode == -9
+    unfinished = consilience("digest", "killed", cwd=place)
+    assert unfinished.returncode == 2
+    assert "2 of 3 rounds" in unfinished.stderr
+    resumed = consilience("resume", "killed", cwd=place)
+    assert resumed.returncode == 0, resumed.stderr
+    assert consilience("digest", "killed", cwd=place).stdout == consilience("digest", "one", cwd=place).stdout
+
+
+def test_resume_a_comparison(place: Path) -> None:
+    arguments = ["compare", "fedavg", "scaffold", *SMALL, "--out", "halves"]
+    whole = consilience(*arguments, cwd=place)
+    assert whole.returncode == 0, whole.stderr
+    before = (place / "halves" / "leaderboard.json").read_text()
+    (place / "halves" / "scaffold-seed0" / "digest.txt").unlink()
+    (place / "halves" / "leaderboard.json").unlink()
+    resumed = consilience("resume", "halves", cwd=place)
+    assert resumed.returncode == 0, resumed.stderr
+    rows = [
+        [{k: v for k, v in row.items() if k != "wall_s"} for row in json.loads(text)]
+        for text in (before, (place / "halves" / "leaderboard.json").read_text())
+    ]
+    assert rows[0] == rows[1]
+
+
+def test_methods_and_cards(tmp_path: Path) -> None:
+    listed = json.loads(consilience("methods", "--json", cwd=tmp_path).stdout)
+    keys = {"name", "family", "summary", "source", "year", "needs", "schedule", "options", "confidence"}
+    assert all(keys <= card.keys() for card in listed)
+    assert "scaffold" in {card["name"] for card in listed}
+    shown = consilience("methods", "scaffold", cwd=tmp_path).stdout
+    assert "c_i+ = c_i - c + (x - y_i) / (K_i eta)" in shown
+    assert "Karimireddy" in shown
+
+
+def test_plan_knows_the_bytes(place: Path) -> None:
+    planned = consilience("plan", "scaffold", *SMALL, "--partition", "dirichlet:0.3", "--json", cwd=place)
+    (row,) = json.loads(planned.stdout)
+    last = json.loads((place / "one" / "history.jsonl").read_text().splitlines()[-1])
+    assert (row["bytes_up"], row["bytes_down"]) == (last["bytes_up"], last["bytes_down"])
+    assert row["seconds"] >= 0
+    assert row["memory"] > 0
+
+
+def test_predict_and_export(place: Path) -> None:
+    predicted = consilience("predict", "one", "digits", cwd=place)
+    assert predicted.returncode == 0, predicted.stderr
+    rows = list(csv.reader(io.StringIO(predicted.stdout)))
+    assert rows[0] == ["predicted", *(f"p_{c}" for c in range(10))]
+    last = json.loads((place / "one" / "history.jsonl").read_text().splitlines()[-1])
+    assert f"accuracy {last['global']['accuracy']:.4f} on {len(rows) - 1} rows" in predicted.stderr
+    exported = consilience("export", "one", "--out", "model", cwd=place)
+    assert exported.returncode == 0, exported.stderr
+    tensors = load_file(place / "model" / "model.safetensors")
+    assert tensors["head.weight"].shape == (10, 16)
+    own = consilience("run", "fedavg", *SMALL, "--init", "model/model.safetensors", "--out", "warm", cwd=place)
+    assert own.returncode == 0, own.stderr
+    mine = consilience("export", "many/local-seed0", "--client", "3", "--out", "mine", cwd=place)
+    assert mine.returncode == 0, mine.stderr
+    none = consilience("export", "many/local-seed0", "--out", "none", cwd=place)
+    assert none.returncode == 2
+    assert "has no global model" in none.stderr
+
+
+REFUSED: list[tuple[list[str], str]] = [
+    (["run", "fedagv"], "unknown method 'fedagv'; did you mean 'fedavg'?"),
+    (["run", "fedavg", "--roundz", "3"], "did you mean '--rounds'?"),
+    (["run", "fedavg", "--mu", "1"], "no option '--mu' of run or fedavg"),
+    (["run", "fedprox", "--mu", "-1"], "mu='-1'"),
+    (["run", "fedprox:mu=x"], "mu='x'"),
+    (["run", "fedavg", "--rounds", "0"], "--rounds '0'"),
+    (["run", "fedavg", "--lr", "fast"], "lr='fast'"),
+    (["run", "fedavg", "--clients", "100000"], "at most 1438 clients"),
+    (["run", "fedavg", "--data", "no.csv"], "no.csv"),
+    (["run", "fedavg", "--data", "digitz"], "did you mean 'digits'?"),
+    (["run", "fedavg", "--partition", "dirichlet:-1"], "dirichlet"),
+    (["run", "fedavg", "--model", "lenet"], "lenet"),
+    (["run", "fedavg", "--model", "nothing.here:factory"], "nothing"),
+    (["run", "fedavg", "--models", "mlp*0.5,logistic*0.5"], "methods that fit it: local"),
+    (["run", "fedavg", "--split", "0.5,0.1,0.1"], "split"),
+    (["run", "fedavg", "--participation", "1.5"], "participation"),
+    (["run", "fedavg", "--config", "no.yaml"], "no.yaml: no such file"),
+    (["run", "fedavg", "--optimizer", "sgdd"], "optimizer 'sgdd'"),
+    (["run", "fedavg", "--init", "no.safetensors"], "no.safetensors"),
+    (["run", "scaffold:control=3"], "control='3'"),
+    (["compare", "fedavg", "fedavg"], "given twice"),
+    (["compare"], "name the methods"),
+    (["digest", "nowhere"], "nowhere"),
+    (["resume", "nowhere"], "nowhere"),
+    (["report", "nowhere"], "nowhere"),
+    (["predict", "nowhere", "digits"], "nowhere"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), REFUSED, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
+def test_refused_in_one_line_and_nothing_left(
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as left:  # in this process: starting torch forty times would take minutes
+        cli.main(arguments)
+    shown = capsys.readouterr()
+    assert left.value.code == 2, shown
+    assert words in shown.err
+    assert shown.err.startswith("consilience: ")
+    assert len(shown.err.strip().splitlines()) <= 3
+    assert not shown.out
+    assert not list(tmp_path.iterdir())
+
+
+def test_refusal_of_a_child_process(tmp_path: Path) -> None:
+    done = consilience("run", "fedagv", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "consilience: unknown method 'fedagv'; did you mean 'fedavg'?\n"
+
+
+def test_unknown_key_in_a_file_names_the_right_one(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("rouns: 3\n")
+    done = consilience("run", "fedavg", "--config", "run.yaml", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "run.yaml: unknown option 'rouns'; did you mean 'rounds'?" in done.stderr
+
+
+def test_bad_data_is_refused(tmp_path: Path) -> None:
+    x = np.zeros((100, 3), np.float32)
+    x[7, 1] = np.nan
+    np.savez(tmp_path / "bad.npz", x=x, y=np.arange(100) % 2)
+    done = consilience("run", "fedavg", "--data", "bad.npz", "--out", "out", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "7" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_a_run_is_not_overwritten(place: Path) -> None:
+    before = (place / "one" / "history.jsonl").read_bytes()
+    done = consilience("run", "fedavg", *SMALL, "--out", "one", cwd=place)
+    assert done.returncode == 2
+    assert "already holds a run" in done.stderr
+    assert (place / "one" / "history.jsonl").read_bytes() == before
+
+
+def test_a_clients_failure_shows_where(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import torch\n\n\nclass Bad(torch.nn.Module):\n"
+        "    def __init__(self, shape, outputs):\n        super().__init__()\n"
+        "        self.inner = torch.nn.Linear(64, outputs)\n\n"
+        "    def forward(self, x):\n        raise RuntimeError('no such luck')\n"
+    )
+    done = consilience(
+        "run", "fedavg", "--model", "mine:Bad", "--out", "out", cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}
+    )
+    assert done.returncode == 1
+    assert "client 0, round 1, phase train, in client_update: RuntimeError: no such luck" in done.stderr
+    assert "mine.py" in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 3
+
+
+def test_damaged_checkpoints(place: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(place / "one", tmp_path / "one")
+    for path in (tmp_path / "one" / "checkpoint").glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-10])
+    done = consilience("digest", "one", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "no whole checkpoint" in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_told_in_a_line(tmp_path: Path) -> None:
+    where: Any = tmp_path / "out"
+    code = (
+        "import pathlib, sys\n"
+        "from consilience import cli, folder\n"
+        "real = pathlib.Path.open\n"
+        "def full(self, mode='r', *a, **k):\n"
+        "    instead = self.name == 'history.jsonl' and 'a' in mode\n"
+        "    return real(pathlib.Path('/dev/full') if instead else self, mode, *a, **k)\n"
+        "pathlib.Path.open = full\n"
+        f"cli.main(['run', 'fedavg', '--rounds', '2', '--executor', 'serial', '--out', {str(where)!r}])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    assert "No space left on device" in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 3
+    assert consilience("resume", "out", cwd=tmp_path).returncode == 0
