@@ -330,6 +330,9 @@ def test_judging_uses_evaluation_mode_and_the_right_numbers() -> None:
     assert score.loss == pytest.approx(float(F.cross_entropy(out, at.test.y)), rel=1e-6)
     assert score.accuracy == float((out.argmax(1) == at.test.y).double().mean())
     assert at.evaluate(None).n == 0
+    (mapped,) = at.map(lambda module, rows: module(rows.x), weights, at.test)
+    torch.testing.assert_close(mapped, out)
+    assert not mapped.requires_grad
 
 
 def test_a_model_may_be_judged_before_it_is_first_trained() -> None:

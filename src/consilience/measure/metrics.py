@@ -62,7 +62,10 @@ def calibration_error(scores: Tensor, y: Tensor) -> float:
 
 
 def auroc(scores: Tensor, y: Tensor) -> float:
-    """Mean over the classes that occur of the area under the one-against-rest ROC curve; nan if only one occurs."""
+    """Mean over the classes that occur of the area under the one-against-rest ROC curve; nan if only one occurs,
+    or if scores are no numbers (a model that diverged)."""
+    if not bool(torch.isfinite(scores).all()):
+        return math.nan
     from sklearn.metrics import roc_auc_score  # type: ignore[import-untyped]  # slow to import, seldom needed
 
     probability = scores.double().softmax(1).numpy()
