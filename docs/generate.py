@@ -43,7 +43,7 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 def value(default: Any) -> str:
     """A default as it would be typed."""
     if default is None or default == []:
-        return "–"
+        return "none"
     return f"`{','.join(map(str, default)) if isinstance(default, tuple) else default}`"
 
 
