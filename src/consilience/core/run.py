@@ -370,6 +370,7 @@ class Loop:
     # --- after a round -----------------------------------------------------------------------------------------
 
     def _round_done(self, replies: Sequence[Reply]) -> None:
+        judged, self._judged = self._judged, {}
         if self.judge.wants(self.version):
             self._flush()
             line = {"round": self.version, "virtual_s": self.time, **self.totals._asdict()}
@@ -377,7 +378,6 @@ class Loop:
             weight = sum(reply.samples for reply in replies if reply.loss == reply.loss)
             if weight:
                 line["train_loss"] = sum(losses) / weight
-            judged, self._judged = self._judged, {}
             self.lines.append(self.judge.begin(line, self.server, self._deployed, self._asked, judged))
         every = self.setup.checkpoint_every
         self.due = every > 0 and self.version % every == 0 and self.version < self.setup.rounds
