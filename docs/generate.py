@@ -6,6 +6,7 @@ compare :func:`files` with what is there, so that the pages cannot go stale.
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,11 @@ def method_page(card: dict[str, Any]) -> str:
     base = Method.options()
     mine = [k for k in card["options"] if k not in base or card["options"][k]["default"] != base[k].default]
     rows = [(f"`{k}`", value(card["options"][k]["default"]), card["options"][k]["help"]) for k in mine]
+    text = ""
+    if "__doc__ =" in inspect.getsource(cls):  # mkdocstrings reads only docstrings that stand in the source
+        text = card["text"] + "\n\n"
+        if "\n    Source:" in text:  # put together from indented parts, which the card leaves indented
+            text = re.sub(r"^ {1,4}", "", text, flags=re.MULTILINE)
     own = table(("option", "default", "meaning"), rows) if rows else "None of its own.\n"
     needs = ", ".join(card["needs"]).replace("_", " ") or "nothing"
     return (
@@ -96,8 +102,7 @@ def method_page(card: dict[str, Any]) -> str:
         f"{own}\n"
         "Options that every method has are in [Configuration](../configuration.md#training).\n\n"
         "## Equations and code\n\n"
-        f"::: {cls.__module__}.{cls.__name__}\n"
-        + ("    options:\n      force_inspection: true\n" if cls.__module__.endswith("fedopt") else "")
+        f"{text}::: {cls.__module__}.{cls.__name__}\n"
     )
 
 
