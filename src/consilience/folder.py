@@ -65,6 +65,7 @@ class RunFolder:
         self.path = path
         self.lines: list[dict[str, Any]] = []
         self.clients: list[dict[str, Any]] = []
+        self.refused_lines: list[dict[str, Any]] = []
 
     @classmethod
     def create(cls, path: Path, config: Mapping[str, Any], federation: Federation) -> RunFolder:
@@ -95,6 +96,7 @@ class RunFolder:
                 raise
             snapshot, notes = None, {"history_bytes": 0, "clients_bytes": 0, "wall_s": 0.0}
         folder.lines = _cut(path / "history.jsonl", notes["history_bytes"])
+        folder.refused_lines = _cut(path / "refused.jsonl", notes.get("refused_bytes", 0))
         folder.clients = _cut(path / "clients.jsonl", notes["clients_bytes"])
         return folder, snapshot, float(notes["wall_s"])
 
@@ -114,6 +116,7 @@ class RunFolder:
         """Save a generation."""
         notes = {
             "history_bytes": _length(self.path / "history.jsonl"),
+            "refused_bytes": _length(self.path / "refused.jsonl"),
             "clients_bytes": _length(self.path / "clients.jsonl"),
             "wall_s": self.lines[-1]["wall_s"] if self.lines else 0.0,
         }
@@ -173,6 +176,8 @@ def _length(path: Path) -> int:
 
 def _cut(path: Path, size: int) -> list[dict[str, Any]]:
     """Truncate to ``size`` bytes and read what is left."""
+    if size > _length(path):
+        raise CheckpointError(f"{path}: shorter than when its checkpoint was written")
     if path.exists():
         os.truncate(path, min(size, path.stat().st_size))
     return read_lines(path)

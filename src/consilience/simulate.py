@@ -129,7 +129,9 @@ def run(
     worker = prepare(method, federation, model=model, models=models, topology=topology, init=init, seed=seed)
     _check_counts(rounds, participation, eval_every, eval_clients_every)
     path = None if out is None else Path(out)
-    recorder, snapshot, spent = _recorder(path, resume, config or {}, federation)
+    # what a checkpoint may be resumed with: everything that decides the bits, beside the data's fingerprint
+    identity = repr((method.name, method, seed, participation, list(worker.place.architectures), topology))
+    recorder, snapshot, spent = _recorder(path, resume, {**(config or {}), "identity": identity}, federation)
     keeper = _Keeper(recorder, on_line)
     setup = Setup(
         rounds=rounds,
@@ -325,7 +327,10 @@ class _Keeper:
         self._folder, self._on_line = folder, on_line
         self.lines = folder.lines if folder is not None else []
         self.clients = folder.clients if folder is not None else []
-        self.dropped: list[tuple[int, Refusal]] = []
+        self.dropped: list[tuple[int, Refusal]] = [
+            (line["round"], Refusal(line["client"], line["field"], line["reason"]))
+            for line in (folder.refused_lines if folder is not None else [])
+        ]
 
     def line(self, record: dict[str, Any], clients: Sequence[dict[str, Any]]) -> None:
         """A round was evaluated."""
@@ -368,4 +373,6 @@ def _recorder(
         raise CheckpointError(f"{path}: no run to resume ({error})") from error
     if written.get("fingerprint") != stamp["fingerprint"]:
         raise CheckpointError(f"{path}: this run began on other data or another partition; resume it on the same")
+    if written.get("identity") != config["identity"]:
+        raise CheckpointError(f"{path}: this run began with another method, model, seed or options; give the same")
     return RunFolder.resume(path)

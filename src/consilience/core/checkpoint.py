@@ -44,11 +44,16 @@ def save(folder: Path, version: int, state: Tree, notes: dict[str, Any]) -> None
     write_atomically(folder / f"{name}.safetensors", data)
     reach("checkpoint-middle")
     note = {**notes, "round": version, "sha256": hashlib.sha256(data).hexdigest()}
+    note["note_sha256"] = _note_hash(note)
     write_atomically(folder / f"{name}.json", json.dumps(note, indent=1))
     for old in sorted(folder.glob("*.json"), reverse=True)[GENERATIONS:]:
         old.unlink()
         old.with_suffix(".safetensors").unlink(missing_ok=True)
     reach("checkpoint-after")
+
+
+def _note_hash(note: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(note, sort_keys=True).encode()).hexdigest()
 
 
 def load(folder: Path) -> tuple[Tree, dict[str, Any]]:
@@ -57,6 +62,9 @@ def load(folder: Path) -> tuple[Tree, dict[str, Any]]:
     for note_path in sorted(folder.glob("*.json"), reverse=True):
         try:
             notes = json.loads(note_path.read_text())
+            if notes.pop("note_sha256") != _note_hash(notes):
+                wrong.append(f"{note_path.stem}: its note is damaged")
+                continue
             data = note_path.with_suffix(".safetensors").read_bytes()
             if hashlib.sha256(data).hexdigest() != notes["sha256"]:
                 wrong.append(f"{note_path.stem}: its hash is not the one noted")

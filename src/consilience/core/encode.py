@@ -44,6 +44,8 @@ class DecodeError(ValueError):
 def _structure(tree: Tree, found: list[Tensor]) -> Any:
     """The tree as JSON, tensors replaced by their index in ``found``."""
     if isinstance(tree, Tensor):
+        if tree.dtype not in _NAMES:
+            raise TypeError(f"tensors of dtype {tree.dtype} cannot be written")
         found.append(tree)
         return {"t": len(found) - 1}
     if isinstance(tree, dict):
@@ -55,7 +57,7 @@ def _structure(tree: Tree, found: list[Tensor]) -> Any:
         return {"r": name, "v": [_structure(child, found) for child in tree]}
     if isinstance(tree, (tuple, list)):
         return {"l" if isinstance(tree, list) else "u": [_structure(child, found) for child in tree]}
-    if isinstance(tree, _SCALARS):
+    if type(tree) in _SCALARS:  # exactly: a numpy number would come back as another type
         return tree
     raise TypeError(f"a tree's leaves are tensors, numbers, strings or None, not {type(tree).__name__}")
 
@@ -140,14 +142,17 @@ def _tensor(name: str, entry: Any, data: Any, base: int, size: int) -> Tensor:
     try:
         dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
         start, end = entry["data_offsets"]
-        good = all(type(n) is int and n >= 0 for n in [*shape, start, end])
-        count = math.prod(shape)
+        good = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in [*shape, start, end])
+        count = math.prod(shape) if good else -1
     except (KeyError, TypeError, ValueError) as error:
         raise DecodeError(f"tensor {name}: a damaged description") from error
     if not good or end - start != count * dtype.itemsize or base + end > size:
         raise DecodeError(f"tensor {name}: its bytes do not match its shape")
     if not count:
-        return torch.empty(shape, dtype=dtype)
+        try:
+            return torch.empty(shape, dtype=dtype)
+        except (RuntimeError, TypeError) as error:
+            raise DecodeError(f"tensor {name}: a shape that cannot be") from error
     return torch.frombuffer(data, dtype=dtype, count=count, offset=base + start).view(shape)
 
 

@@ -106,7 +106,7 @@ class _Models:
         for key, instance in self.instances.items():
             for name, p in instance.parameters.items():
                 full = name if self.single else f"{key}/{name}"
-                chosen = trainable is None or trainable(full)
+                chosen = name not in instance.frozen if trainable is None else trainable(full)
                 p.requires_grad_(chosen)
                 if chosen:
                     self.names.append(full)
@@ -144,13 +144,14 @@ class _Gradient:
         self.sums = [torch.zeros_like(p) for p in models.leaves] if total else None
         self.batch: Batch | None = None
         self.live = models.live()
-        self.seed, self.calls, self.value = 0, 0, 0.0
+        self.seed, self.calls, self.value, self.rows = 0, 0, 0.0, 0
 
     def begin(self, batch: Batch, seed: int) -> None:
         self.batch, self.seed, self.calls = batch, seed, 0
 
     def __call__(self, params: Params | None = None, batch: Batch | None = None) -> Params:
         models, batch = self.models, batch or self.batch
+        assert batch is not None, "grad is for use within a step"
         elsewhere = params is not None and params is not self.live
         kept = [b.clone() for b in models.buffers()] if self.calls else []
         if elsewhere:
@@ -171,6 +172,7 @@ class _Gradient:
         if self.sums is not None and not self.calls:
             torch._foreach_add_(self.sums, gradients)
         self.calls += 1
+        self.rows += len(batch.x)
         return dict(zip(models.names, gradients, strict=True))
 
     def _backward(self, batch: Any) -> list[Tensor]:
@@ -182,7 +184,20 @@ class _Gradient:
         found = torch.autograd.grad(value, leaves, allow_unused=True)
         if not self.calls:
             self.value = float(value.detach())
-        return [torch.zeros_like(p) if g is None else g for g, p in zip(found, leaves, strict=True)]
+        return _apart([torch.zeros_like(p) if g is None else g for g, p in zip(found, leaves, strict=True)])
+
+
+def _apart(gradients: list[Tensor]) -> list[Tensor]:
+    """The gradients, each in memory of its own, since they are changed in place: autograd may give two parameters
+    the same tensor, or an expanded view."""
+    seen: set[int] = set()
+    own: list[Tensor] = []
+    for g in gradients:
+        if g.untyped_storage().data_ptr() in seen or 0 in g.stride():
+            g = g.clone(memory_format=torch.contiguous_format)
+        seen.add(g.untyped_storage().data_ptr())
+        own.append(g)
+    return own
 
 
 def training(site: Site, weights: Any, plan: Plan) -> Generator[float, None, Fit]:
@@ -218,7 +233,7 @@ def training(site: Site, weights: Any, plan: Plan) -> Generator[float, None, Fit
         optimizer.apply([direction[n] for n in models.names], lr)
         result.lr_sum += lr
         result.steps += 1
-        result.samples += len(index) * grad.calls
+        result.samples = grad.rows
         result.loss += grad.value
         yield grad.value
     result.loss = result.loss / result.steps if result.steps else math.nan

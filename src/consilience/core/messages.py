@@ -15,6 +15,7 @@ class Kind(enum.Enum):
     MODEL = "model"
     DELTA = "delta"
     CONTROL = "control"
+    BUFFERS = "buffers"
     STAT = "stat"
 
 
@@ -24,8 +25,10 @@ Delta = Annotated[Params, Kind.DELTA]
 """A difference of parameters, pointing downhill: the server adds it."""
 Control = Annotated[Params, Kind.CONTROL]
 """A control variate or momentum, shaped like parameters."""
+Buffers = Annotated[Params, Kind.BUFFERS]
+"""A model's buffers, sent beside a difference; they stay at the client where the policy is "local"."""
 Stat = Annotated[Tree, Kind.STAT]
-"""Anything else: counts, logits, prototypes, buffers."""
+"""Anything else: counts, logits, prototypes."""
 
 _kinds: dict[type, dict[str, Kind]] = {}
 
@@ -61,7 +64,7 @@ class DeltaUpdate(NamedTuple):
     """What training changed, up: parameters as a difference, buffers as they are."""
 
     delta: Delta
-    buffers: Stat
+    buffers: Buffers
 
 
 @record

@@ -208,6 +208,13 @@ class Method(Training):
             return ModelUpdate(end)
         return DeltaUpdate(tr.sub(end.params, start.params), end.buffers)
 
+    def sends(self) -> type | None:
+        """The type of the updates, for validation; None leaves it open, as for a method that overrides
+        :meth:`client_update` and does not say here what it sends."""
+        if type(self).client_update is not Method.client_update:
+            return None
+        return ModelUpdate if self.form == "model" else DeltaUpdate
+
     # --- among neighbours --------------------------------------------------------------------------------------
 
     def send(self, phase: Phase, state: Tree) -> Tree:

@@ -102,6 +102,11 @@ class Instance:
         self.module = architecture.build()
         self.parameters = dict(self.module.named_parameters())
         self.buffers = _buffers(self.module)
+        self.frozen = {name for name, p in self.parameters.items() if not p.requires_grad}
+        """Parameters that the model's maker wants left alone."""
+        passing = [buffer for name, buffer in self.module.named_buffers() if name not in self.buffers]
+        self._passing = [(buffer, buffer.clone()) for buffer in passing]
+        """Buffers that belong to no state, with what they held when new: no borrower sees the last one's."""
         self.home = {name: p.data for name, p in self.parameters.items()}
         """The module's own storage."""
 
@@ -110,9 +115,11 @@ class Instance:
         self.point(self.home)
         _copy(self.home, weights.params, self.architecture.name)
         _copy(self.buffers, weights.buffers, self.architecture.name)
+        for buffer, fresh in self._passing:
+            buffer.copy_(fresh)
         self.module.train(train)
-        for p in self.parameters.values():
-            p.requires_grad_(train)
+        for name, p in self.parameters.items():
+            p.requires_grad_(train and name not in self.frozen)
         return self.module
 
     def point(self, params: Params) -> None:

@@ -48,13 +48,14 @@ def _scaled(leaf: Tree, weight: float) -> Tree:
 
 def accumulate(total: Tree, tree: Tree, weight: float) -> Tree:
     """total + weight * tree; the tensors of ``total`` are changed in place."""
+    result = tr.tree_map(lambda a, b: a + weight * b if isinstance(a, float) else a, total, tree)  # same structure?
     sums = [t for t in tr.tensors(total) if t.is_floating_point()]
     terms = [t for t in tr.tensors(tree) if t.is_floating_point()]
     if len(sums) != len(terms):
         raise ValueError("trees of different structure")
     if sums:
         torch._foreach_add_(sums, terms, alpha=weight)
-    return tr.tree_map(lambda a, b: a + weight * b if isinstance(a, float) else a, total, tree)
+    return result
 
 
 def sample_weights(samples: Sequence[int]) -> list[float]:

@@ -302,6 +302,7 @@ class Loop:
             self._start(chains[self.chain], starts, again=True)
             return
         self.version += 1
+        self._messages, self._sizes = {}, {}  # broadcasts of past versions are let go
         self.chain, self.started, self.ready = 0, 0, True
         if self.version == self.setup.rounds:
             self._barriers("end")
@@ -429,7 +430,7 @@ class Loop:
         def draw(size: int) -> list[int]:
             chosen = self.method.select(self.server, view)
             if chosen is not None:
-                return sorted(chosen)
+                return sorted(int(c) for c in chosen)
             rng = philox(self.place.seed, "cohort", self.version, self.started)
             idle = self.clients if not busy else self.clients[[int(c) not in busy for c in self.clients]]
             return draw_cohort(rng, idle, size)

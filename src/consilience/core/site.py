@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ class Site:
         self.computed = [0, 0]
         """Samples and steps computed so far."""
         self.last_loss = float("nan")
-        """Mean training loss of the last fit."""
+        """Mean training loss of the first fit, which is the training; later ones are a method's own business."""
         self._pool = pool
 
     @property
@@ -132,21 +133,22 @@ class Site:
                     break
         self.computed[0] += fit.samples
         self.computed[1] += fit.steps
-        self.last_loss = fit.loss
+        if math.isnan(self.last_loss):
+            self.last_loss = fit.loss
         return fit
 
     def map(self, f: Callable[..., Any], model: Weights, data: Split | None = None, name: str = "") -> list[Any]:
         """``f(module, rows)`` for every chunk of ``data`` (the training rows), in order, in evaluation mode and
         without gradients. Nothing moves: no stream, buffer or mode."""
         rows = self.cast(self.train if data is None else data)
-        with self._scope(), torch.no_grad():
+        with self._scope(), torch_fork(0), torch.no_grad():
             module = self.bind(model, name)
             return [f(module, chunk) for chunk in chunks(rows, self.place.chunk)]
 
     def scores(self, predictor: Predictor, x: Tensor) -> Tensor:
         """A predictor's scores for ``x``, chunk by chunk, without side effects."""
         rows = self.cast(Split(x, torch.zeros(len(x), dtype=torch.int64)))
-        with self._scope(), torch.no_grad():
+        with self._scope(), torch_fork(0), torch.no_grad():
             scorer = predictor.scorer(self)
             return torch.cat([scorer(chunk.x) for chunk in chunks(rows, self.place.chunk)])
 

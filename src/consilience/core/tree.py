@@ -96,9 +96,13 @@ def tree_map(f: Callable[..., Tree], tree: Tree, *rest: Tree) -> Tree:
     if children is None:
         return f(tree, *rest)
     others = [children_of(other) for other in rest]
-    if any(other is None or len(other) != len(children) for other in others):
+    alike = all(other is not None and len(other) == len(children) for other in others)
+    if isinstance(tree, dict):  # the same names in the same order, or the wrong leaves would meet
+        alike = alike and all(isinstance(other, dict) and list(other) == list(tree) for other in rest)
+    if not alike:
         raise ValueError("trees of different structure")
-    return rebuild(tree, [tree_map(f, *parts) for parts in zip(children, *others, strict=True)])
+    columns = zip(children, *(other or [] for other in others), strict=True)
+    return rebuild(tree, [tree_map(f, *parts) for parts in columns])
 
 
 def _each(f: Callable[..., Tree]) -> Callable[..., Tree]:
@@ -170,6 +174,8 @@ def digest(*trees: Tree) -> str:
         for path, leaf in items(tree):
             if isinstance(leaf, Tensor):
                 flat = leaf.detach().cpu().contiguous()
+                if flat.numel() < 2:  # counts as contiguous with any stride, and could not be viewed as bytes
+                    flat = torch.empty(flat.shape, dtype=flat.dtype).copy_(flat)
                 h.update(f"{path}|{flat.dtype}|{tuple(flat.shape)}|".encode())
                 h.update(flat.reshape(-1).view(torch.uint8).numpy().data)
             else:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from consilience.core import tree as tr
-from consilience.core.errors import ClientError
+from consilience.core.errors import ClientError, ConsilienceError
 from consilience.core.failpoint import reach
 from consilience.core.federation import Federation, Split
 from consilience.core.messages import ClientInfo, DeltaUpdate, Inbox, Job, Kind, Reply, Score, Work, kinds
@@ -100,13 +100,15 @@ class Worker:
         """A node's state after an exchange with its neighbours."""
         site, phase = self.site(job)
         with _blame(site, phase, "mix"):
+            if isinstance(state, Kept):
+                return state._replace(state=self.method.mix(phase, site, self._own(site, state.state), inbox))
             return self.method.mix(phase, site, self._own(site, state), inbox)
 
     def do_send(self, shared: Tree, job: Job, state: Tree) -> Tree:
         """What a node sends to its neighbours."""
         site, phase = self.site(job)
         with _blame(site, phase, "send"):
-            return self.method.send(phase, self._own(site, state))
+            return self.method.send(phase, self._own(site, state.state if isinstance(state, Kept) else state))
 
     def do_judge(self, message: Tree, job: Job, state: Tree, train: bool) -> tuple[Score, Score | None]:
         """A client's deployed model on its own test rows, and again after a round of local training that leaves
@@ -181,6 +183,9 @@ class Worker:
             return update._replace(buffers={}), Kept(own, update.buffers)
         buffers = None
         for name, kind in kinds(type(update)).items() if tr.is_record(update) else ():
+            if kind is Kind.BUFFERS:
+                buffers = getattr(update, name)
+                update = update._replace(**{name: {}})
             if kind is Kind.MODEL:
                 buffers = getattr(update, name).buffers
                 update = update._replace(**{name: Weights(getattr(update, name).params, {})})
@@ -197,7 +202,7 @@ class _blame:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Exception) and not isinstance(error, ClientError):
+        if isinstance(error, Exception) and not isinstance(error, ConsilienceError):
             text = "".join(traceback.format_exception(error)).rstrip()
             raise ClientError(f"{self.where}: {type(error).__name__}: {error}", text) from error
 

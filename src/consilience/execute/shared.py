@@ -22,7 +22,7 @@ def make_folder() -> Path:
     roomy = _RAM.is_dir() and os.access(_RAM, os.W_OK) and shutil.disk_usage(_RAM).free > 1 << 30
     parent = _RAM if roomy else Path(tempfile.gettempdir())
     for old in parent.glob("consilience-*-*"):
-        if not _alive(int(old.name.split("-")[1])):
+        if old.name.split("-")[1].isdigit() and not _alive(int(old.name.split("-")[1])):
             shutil.rmtree(old, ignore_errors=True)
     return Path(tempfile.mkdtemp(prefix=f"consilience-{os.getpid()}-", dir=parent))
 

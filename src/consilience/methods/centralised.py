@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from consilience.core.fit import n_steps
+from torch import Tensor
+
+from consilience.core.fit import shuffled
 from consilience.core.messages import Broadcast, ClientInfo, Reply
 from consilience.core.method import Method, Needs, Phase, ServerState
 from consilience.core.predict import Net, Predictor
@@ -47,10 +49,19 @@ class Centralised(Method):
         self, phase: Phase, host: Host, server: ServerState, replies: Sequence[Reply], cohort: Sequence[int]
     ) -> ServerState:
         """Train on the pool."""
-        rows = sum(reply.samples for reply in replies)
-        given = None if self.local_steps is None else self.local_steps * len(replies)
-        steps = n_steps(rows, self.batch_size, self.local_epochs, given)
-        return ServerState(host.fit(server.model, data=host.pooled, steps=steps).weights)
+        if self.local_steps is not None:
+            return ServerState(host.fit(server.model, data=host.pooled, steps=self.local_steps * len(replies)).weights)
+        rows = sum(reply.samples for reply in replies) * self.local_epochs
+        return ServerState(host.fit(server.model, data=host.pooled, batches=self._batches(host, rows)).weights)
+
+    def _batches(self, host: Host, rows: int) -> Iterator[Tensor]:
+        """Shuffled batches of the pool that hold ``rows`` rows together; the last may be cut."""
+        assert host.pooled is not None
+        for batch in shuffled(host.rng("batches"), len(host.pooled), self.batch_size):
+            yield batch[:rows]
+            rows -= len(batch)
+            if rows <= 0:
+                return
 
     def personal_model(self, site: Site, message: Broadcast | None, state: Tree) -> Predictor | None:
         """The one model, where it is deployed."""

@@ -11,7 +11,7 @@ from annotated_types import Gt
 
 from consilience.core import tree as tr
 from consilience.core.fit import Batch, Fit, Grad, Plan
-from consilience.core.messages import ClientInfo, Control, Delta, Model, Reply, Stat
+from consilience.core.messages import Buffers, ClientInfo, Control, Delta, Model, Reply
 from consilience.core.method import Method, Phase, keep_buffers
 from consilience.core.model import Params, Weights
 from consilience.core.predict import Net, Predictor
@@ -43,7 +43,7 @@ class Up(NamedTuple):
 
     delta: Delta
     control: Control
-    buffers: Stat
+    buffers: Buffers
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,10 @@ class Scaffold(Method):
     control: Literal["1", "2"] = option("2", "how c_i is renewed: option 1 or 2 of the paper")
     weights: Literal["samples", "uniform"] = option("uniform", "a client's weight (uniform in the paper)")
     form: Literal["delta"] = option("delta", "clients send differences")
+
+    def sends(self) -> type:
+        """See :class:`Up`."""
+        return Up
 
     def init_server(self, host: Host) -> Server:
         """c = 0."""

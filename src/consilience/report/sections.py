@@ -313,7 +313,7 @@ def _folded(command: str, width: int = 76) -> str:
     return " \\\n".join([*lines, line])
 
 
-APART = ("label", "method", "options", "seed", "versions", "command", "out", "fingerprint")
+APART = ("label", "method", "options", "seed", "versions", "command", "out", "fingerprint", "identity")
 
 
 def _configuration(facts: Facts) -> str:

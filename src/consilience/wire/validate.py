@@ -38,6 +38,9 @@ class Validation:
 
     def _wrong(self, reply: Reply) -> tuple[str, str] | None:
         update = reply.update
+        wanted = self._place.method.sends()
+        if wanted is not None and type(update) is not wanted:
+            return "update", f"is {type(update).__name__}, not {wanted.__name__}"
         if tr.is_record(update):
             for name, kind in kinds(type(update)).items():
                 found = self._misfit(getattr(update, name), kind, reply.job.client)
@@ -52,11 +55,14 @@ class Validation:
 
     def _misfit(self, value: Any, kind: Kind, client: int) -> tuple[str, str] | None:
         spec = self._spec(client)
-        if kind is Kind.MODEL and isinstance(value, Weights):
-            return _compare(value.params, spec.params) or (
-                _compare(value.buffers, spec.buffers) if value.buffers else None
-            )
-        if kind in (Kind.DELTA, Kind.CONTROL) and isinstance(value, dict):
+        local = self._place.method.buffers == "local"
+        if kind is Kind.BUFFERS:
+            return _compare(value, {} if local else spec.buffers)
+        if kind is Kind.MODEL:
+            if not isinstance(value, Weights):
+                return "", f"is {type(value).__name__}, not a model"
+            return _compare(value.params, spec.params) or _compare(value.buffers, {} if local else spec.buffers)
+        if kind in (Kind.DELTA, Kind.CONTROL):
             return _compare(value, spec.params)
         return None
 
@@ -74,7 +80,9 @@ def _finite(tensor: Tensor) -> bool:
 
 def _compare(found: Params, spec: Params) -> tuple[str, str] | None:
     """The first thing about ``found`` that is not as in ``spec``: (name, reason)."""
-    for name in found.keys() | spec.keys():
+    if not isinstance(found, dict):
+        return "", f"is {type(found).__name__}, not parameters by name"
+    for name in [*found, *spec]:
         if name not in found:
             return name, "is missing"
         if name not in spec:
@@ -84,4 +92,4 @@ def _compare(found: Params, spec: Params) -> tuple[str, str] | None:
             return name, f"has shape {tuple(getattr(a, 'shape', ()))}, not {tuple(b.shape)}"
         if a.dtype != b.dtype:
             return name, f"has dtype {a.dtype}, not {b.dtype}"
-    return None
+    return None if list(found) == list(spec) else (next(iter(found)), "stands in another order")
