@@ -260,6 +260,9 @@ def _vanished(running: dict[str, Any]) -> ConsilienceError | None:
 def _child(spec: RunSpec, folder: Path, command: str, news: Any) -> None:
     import signal
 
+    import torch
+
+    torch.set_num_threads(1)  # at once: OpenMP's other threads did not survive the fork, and would be waited for
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         _one(spec, folder, command, "serial", lambda line: news.put((spec.name, "line", line)))

@@ -128,6 +128,17 @@ def test_resume_a_comparison(place: Path) -> None:
     assert rows[0] == rows[1]
 
 
+def test_side_by_side_after_threads_have_run_in_the_parent(tmp_path: Path) -> None:
+    """Rows enough that pooling them uses several threads, in the parent's check and again in each forked run."""
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "big.npz", x=rng.normal(size=(9000, 32)).astype(np.float32), y=np.arange(9000) % 2)
+    done = consilience(
+        "compare", "centralised", "--data", "big.npz", "--clients", "2", "--seeds", "2", *SMALL, "--out", "out",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
 def test_methods_and_cards(tmp_path: Path) -> None:
     listed = json.loads(consilience("methods", "--json", cwd=tmp_path).stdout)
     keys = {"name", "family", "summary", "source", "year", "needs", "schedule", "options", "confidence"}

@@ -41,13 +41,13 @@ def leaderboard_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     metric = "global model" if rows and rows[0]["metric"] == "global" else "client mean"
     unit = f" {scale.unit}" if scale.unit else ""
     table = _grid(f"{key.capitalize()} of the {metric}, mean over seeds")
-    table.add_column("Method", no_wrap=True)
+    table.add_column("Method", overflow="fold")  # a long label folds before any number does
     both = not scale.lower and metric == "global model"
     heads = [f"{key.capitalize()}{unit}", "95 % CI", *(["Clients %"] if both else [])]
     heads += [] if scale.lower else ["Worst 10 %"]
     heads += [traffic.name, f"Wall {wall.name}", *([f"Virtual {virtual.name}"] if moved else []), "Seeds"]
     for head in heads:
-        table.add_column(head, justify="right", no_wrap=head == "95 % CI")
+        table.add_column(head, justify="right", no_wrap=True)
     for i, row in enumerate(rows):
         ci = row[f"{key}_ci"]
         cells = [scale.number(row[key]), f"{scale.number(ci[0])}…{scale.number(ci[1])}" if ci else NONE]
