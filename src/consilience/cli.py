@@ -91,6 +91,8 @@ def _main(
     """Heterogeneous federated learning, compared honestly."""
 
 
+INTERRUPTED = 130
+"""What typer returns when Ctrl-C was pressed."""
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -351,14 +353,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = [argument for argument in given if argument != "--debug"]
     try:
         code = app(given, prog_name="consilience", standalone_mode=False)
+        if code == INTERRUPTED:
+            _fail("interrupted; `consilience resume FOLDER` goes on", 1)
         sys.exit(code if isinstance(code, int) else 0)
     except click.exceptions.NoArgsIsHelpError as error:
         typer.echo(error.format_message())
         sys.exit(2)
     except click.ClickException as error:
         _fail(_usage(error), 2)
-    except click.exceptions.Abort:
-        _fail("interrupted; `consilience resume FOLDER` goes on", 1)
     except BrokenPipeError:
         os._exit(0)  # whoever read our output has seen enough
     except Exception as error:

@@ -47,7 +47,7 @@ class Config(BaseModel):
     models: str | None = Field(None, description="the clients' models, as in lenet*0.5,mlp*0.5")
     clients: int = Field(10, ge=1, description="how many clients")
     partition: str = Field("iid", description="who holds what: parts joined with +, as in dirichlet:0.1+rotate:4")
-    split: Annotated[tuple[float, float, float], BeforeValidator(_listed)] = Field(
+    split: Annotated[tuple[float, ...], BeforeValidator(_listed)] = Field(
         (0.8, 0.1, 0.1), description="shares of each client's rows to train, validate and test on"
     )
     sensitive: Listed = Field([], description="columns kept as sensitive attributes")
@@ -102,6 +102,7 @@ def settle(given: Mapping[str, Any], file: str | Path | None = None) -> Settings
             where = f"{file}: " if file is not None else ""
             raise ConfigError(f"{where}unknown option '{key}'{nearest(key, known)}")
     names = values.pop("methods", None) or ()
+    names = [names] if isinstance(names, str) else names
     reference = values.pop("reference", None)
     training = {key: values.pop(key) for key in list(values) if key in TRAINING}
     try:

@@ -165,6 +165,8 @@ def compare(
     if resume:
         todo = [spec for spec in runs if not (folder / spec.name / "digest.txt").exists()]
     else:
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"{folder} is a file; --out wants a folder")
         if folder.exists() and any(folder.iterdir()):
             raise ConfigError(f"{folder} is not empty; give another --out, or resume it")
         todo = runs

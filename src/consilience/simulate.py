@@ -362,7 +362,9 @@ def _recorder(
         return None, None, 0.0
     stamp = {"fingerprint": federation.fingerprint()}
     if not resume:
-        if (path / "config.yaml").exists():
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"{path} is a file; --out wants a folder")
+        if any((path / name).exists() for name in ("config.yaml", "compare.yaml")):
             raise ConfigError(f"{path} already holds a run; give another --out, or resume it")
         return RunFolder.create(path, {**config, **stamp}, federation), None, 0.0
     import yaml

@@ -6,8 +6,10 @@ import csv
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +203,7 @@ REFUSED: list[tuple[list[str], str]] = [
     (["run", "scaffold:control=3"], "control='3'"),
     (["compare", "fedavg", "fedavg"], "given twice"),
     (["compare"], "name the methods"),
+    (["run", "fedavg", "--split", "0.5,0.5"], "split"),
     (["digest", "nowhere"], "nowhere"),
     (["resume", "nowhere"], "nowhere"),
     (["report", "nowhere"], "nowhere"),
@@ -257,6 +260,37 @@ def test_a_folder_with_a_run_is_not_overwritten(place: Path) -> None:
     assert done.returncode == 2
     assert "already holds a run" in done.stderr
     assert (place / "one" / "history.jsonl").read_bytes() == before
+
+
+def test_other_things_in_the_way_of_out(place: Path, tmp_path: Path) -> None:
+    before = (place / "many" / "report.html").read_bytes()
+    done = consilience("run", "fedavg", *SMALL, "--out", "many", cwd=place)
+    assert done.returncode == 2
+    assert (place / "many" / "report.html").read_bytes() == before
+    (tmp_path / "file").touch()
+    done = consilience("run", "fedavg", *SMALL, "--out", "file", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "is a file" in done.stderr
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "consilience.cli", "run", "fedavg", "--rounds", "100000", "--out", "long"]
+    child = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    history = tmp_path / "long" / "history.jsonl"
+    for _ in range(600):
+        if history.exists() and history.stat().st_size > 5000:
+            break
+        time.sleep(0.1)
+    child.send_signal(signal.SIGINT)
+    _, shown = child.communicate(timeout=60)
+    assert child.returncode == 1
+    assert shown.strip() == "consilience: interrupted; `consilience resume FOLDER` goes on"
+
+
+def test_a_regressions_scores_are_no_per_cent(tmp_path: Path) -> None:
+    done = consilience("run", "fedavg", "--data", "quadratic", "--model", "logistic", "--rounds", "2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "%" not in done.stdout.replace("Worst 10 %", "")
 
 
 def test_a_clients_failure_shows_where(tmp_path: Path) -> None:

@@ -71,7 +71,8 @@ def run_summary(run: RunFolder) -> Table:
     )
     table.add_column(no_wrap=True)
     table.add_column(justify="right")
-    accuracy, loss = Scale(lower=False), Scale(lower=True)
+    loss = Scale(lower=True)
+    accuracy = Scale(lower=bool(run.clients) and not any("accuracy" in row for row in run.clients))
     for title, keys, scale in (
         ("Global accuracy", ("global", "accuracy"), accuracy),
         ("Global loss", ("global", "loss"), loss),
