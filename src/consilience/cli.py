@@ -114,7 +114,8 @@ def run_command(
         _compare(settings, [spec_text], as_json)
         return
     (spec,) = experiment.specs(settings, [spec_text])
-    experiment.check(spec, experiment.make_federation(spec.config))
+    federation = experiment.make_federation(spec.config)
+    experiment.check(spec, federation)
     folder = Path(settings.config.out or experiment.default_folder(spec.method))
     out, err = _consoles()
     from consilience.report.load import RunFolder
@@ -124,6 +125,7 @@ def run_command(
         result = experiment.run_one(
             spec,
             folder,
+            federation,
             command=experiment.command_line(),
             on_line=lambda line: progress.update(spec.label, line["round"], _accuracy(line)),
         )

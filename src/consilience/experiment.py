@@ -125,14 +125,15 @@ def execute(
     command: str = "",
     resume: bool = False,
     executor: str | None = None,
+    federation: Any = None,
     on_line: Callable[[dict[str, Any]], None] | None = None,
 ) -> Any:
-    """Do one run and return its Result."""
+    """Do one run and return its Result. federation: the configuration's, if it has been made already."""
     from consilience import methods
     from consilience.simulate import run
 
     config = spec.config
-    federation = make_federation(config)
+    federation = federation or make_federation(config)
     return run(
         methods.get(spec.method).make(dict(spec.options)),
         federation,
@@ -335,9 +336,11 @@ def read_spec(folder: Path) -> tuple[RunSpec, str]:
         raise ConfigError(f"{folder / 'config.yaml'}: {error} is missing; this is not the file of a run") from None
 
 
-def run_one(spec: RunSpec, folder: Path, *, command: str, on_line: Callable[[dict[str, Any]], None]) -> Any:
-    """Do one run and write its report."""
-    result = execute(spec, folder, command=command, on_line=on_line)
+def run_one(
+    spec: RunSpec, folder: Path, federation: Any, *, command: str, on_line: Callable[[dict[str, Any]], None]
+) -> Any:
+    """Do one run on the federation of its configuration and write its report."""
+    result = execute(spec, folder, command=command, federation=federation, on_line=on_line)
     _report(folder)
     return result
 

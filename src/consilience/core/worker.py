@@ -118,7 +118,7 @@ class Worker:
             message, own = self._open(site, message, state)
             before = self._judge(site, message, own)
             after = None
-            if train and len(site.train):
+            if train and before.n and len(site.train):  # without test rows there is nothing to learn from it
                 update, own = self.method.client_update(phase, site, message, own)
                 after = site.evaluate(self.method.trained_model(site, message, update, own))
         return before, after

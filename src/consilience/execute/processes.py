@@ -30,6 +30,7 @@ from consilience.core.executor import Executor
 from consilience.core.messages import Job, Work
 from consilience.core.tree import Tree, clone
 from consilience.core.worker import Call, Worker
+from consilience.execute.memory import keep_freed_memory
 from consilience.execute.shared import Mapped, Segments, make_folder
 
 INLINE = 1 << 14
@@ -99,6 +100,7 @@ def _serve(worker: Worker, pipe: Connection, folder: Path, name: str, inherited:
     for other in inherited:  # a pipe held open by a sibling would never report that the parent is gone
         other.close()
     torch.set_num_threads(1)
+    keep_freed_memory()
     mapped, segments = Mapped(folder), Segments(folder, name)
     try:
         _answer(worker, pipe, mapped, segments)
