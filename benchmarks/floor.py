@@ -59,7 +59,7 @@ def work(model: nn.Module, state: dict, clients: list, jobs: list, workload: Wor
     return total, weight, controls
 
 
-def test(model: nn.Module, state: dict, x: torch.Tensor, y: torch.Tensor, batch: int = 250) -> int:
+def test(model: nn.Module, state: dict, x: torch.Tensor, y: torch.Tensor, batch: int) -> int:
     """How many of these rows are right."""
     model.load_state_dict(state)
     model.eval()
@@ -76,7 +76,7 @@ def serve(pipe, workload: Workload, model: nn.Module, clients: list, held: tuple
     while True:
         kind, state, jobs = pipe.recv()
         if kind == "test":
-            pipe.send(test(model, state, held[0][part], held[1][part]))
+            pipe.send(test(model, state, held[0][part], held[1][part], 250))
         else:
             pipe.send(work(model, state, clients, jobs, workload))
 
@@ -115,7 +115,8 @@ def main() -> None:
             pipe.send(("train", state, jobs[k::2]))
         sums, weights, controls = zip(*(pipe.recv() for pipe in pipes), strict=True)
         state = {name: (sums[0][name] + sums[1][name]) / sum(weights) for name in state}
-        for client, new in zip([*cohort[::2], *cohort[1::2]] if workload.scaffold else (), sum(controls, []), strict=True):
+        renewed = zip([*cohort[::2], *cohort[1::2]], [*controls[0], *controls[1]], strict=workload.scaffold)
+        for client, new in renewed:
             control = [c + (a - b) / len(clients) for c, a, b in zip(control, new, own[client], strict=True)]
             own[client] = new
         if (number + 1) % workload.every == 0 or number + 1 == options.rounds:

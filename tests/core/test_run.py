@@ -208,14 +208,14 @@ def test_new_state_is_pending_until_its_job_is_admitted() -> None:
     executor = Serial(worker(Remembers()))
     jobs = [Job(10 + client, client, 1, 0, 0, 0) for client in (0, 1)]
     message = Broadcast(LINEAR.initial(0))
-    executor.collect(jobs, [executor.submit(job, message) for job in jobs])
+    list(executor.collect(jobs, [executor.submit(job, message) for job in jobs]))
     assert executor.states() == {}
     assert executor.pending() == {10: {"count": 1}, 11: {"count": 1}}
     executor.settle(jobs[:1], jobs[1:])
     assert executor.states() == {0: {"count": 1}}
     assert executor.pending() == {}
     again = [job._replace(id=20 + job.client, number=2) for job in jobs]
-    executor.collect(again, [executor.submit(job, message) for job in again])
+    list(executor.collect(again, [executor.submit(job, message) for job in again]))
     executor.settle(again)
     assert executor.states() == {0: {"count": 2}, 1: {"count": 1}}
 

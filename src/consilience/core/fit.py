@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -88,9 +89,33 @@ def n_steps(n: int, batch_size: int, epochs: int, steps: int | None) -> int:
 def shuffled(rng: np.random.Generator, n: int, batch_size: int) -> Iterator[Tensor]:
     """Row numbers of batches, epoch after epoch without end; the last batch of an epoch may be smaller."""
     while True:
-        order = torch.from_numpy(rng.permutation(n))
-        for start in range(0, n, batch_size):
-            yield order[start : start + batch_size]
+        yield from torch.split(torch.from_numpy(rng.permutation(n)), batch_size)
+
+
+PICKED = 1 << 20
+"""Bytes of rows that are picked at a time: one large pick costs less than one for each batch."""
+
+
+def picked(data: Split, batches: Iterator[Tensor], total: int | None, batch_size: int) -> Iterator[Batch]:
+    """At most ``total`` batches, several picked at a time, where each of them begins at a multiple of 64 bytes, as
+    if it were picked alone: the last bits of a matrix product may depend on that."""
+    size = data.x[0].numel() * data.x.element_size() * batch_size
+    ahead = max(1, PICKED // size) if size and size % 64 == 0 else 1
+    limited = itertools.islice(batches, total)
+    several: list[Tensor] = []
+    for index in limited:
+        several.append(index)
+        if len(several) >= ahead or len(index) < batch_size:
+            yield from _pick(data, several)
+            several = []
+    if several:
+        yield from _pick(data, several)
+
+
+def _pick(data: Split, several: list[Tensor]) -> Iterator[Batch]:
+    rows, sizes = torch.cat(several), [len(index) for index in several]
+    parts = (data.x.index_select(0, rows), data.y.index_select(0, rows), rows)
+    return map(Batch, *(torch.split(part, sizes) for part in parts))
 
 
 @dataclass
@@ -191,13 +216,11 @@ def _apart(gradients: list[Tensor]) -> list[Tensor]:
     """The gradients, each in memory of its own, since they are changed in place: autograd may give two parameters
     the same tensor, or an expanded view."""
     seen: set[int] = set()
-    own: list[Tensor] = []
-    for g in gradients:
-        if g.untyped_storage().data_ptr() in seen or 0 in g.stride():
-            g = g.clone(memory_format=torch.contiguous_format)
-        seen.add(g.untyped_storage().data_ptr())
-        own.append(g)
-    return own
+    for i, g in enumerate(gradients):
+        if g.data_ptr() in seen or 0 in g.stride():
+            gradients[i] = g = g.clone(memory_format=torch.contiguous_format)
+        seen.add(g.data_ptr())
+    return gradients
 
 
 def training(site: Site, weights: Any, plan: Plan) -> Generator[float, None, Fit]:
@@ -219,14 +242,15 @@ def training(site: Site, weights: Any, plan: Plan) -> Generator[float, None, Fit
     optimizer = optim.make(name, models.leaves, rates(0), method.momentum, decay)
     batch_size = plan.batch_size or method.batch_size
     total = _length(site, plan, len(data), batch_size)
-    batches = plan.batches if plan.batches is not None else shuffled(site.rng(plan.purpose), len(data), batch_size)
+    batches: Iterator[Batch]
+    if plan.batches is not None:  # they may depend on what training has found so far, so none is taken ahead
+        batches = (next(_pick(data, [index])) for index in itertools.islice(plan.batches, total))
+    else:
+        batches = picked(data, shuffled(site.rng(plan.purpose), len(data), batch_size), total, batch_size)
     key = site.streams.torch_seed("dropout", plan.purpose)
     step = plan.step or _plain
     result = Fit(None, plan.carry, {}, 0.0, 0, 0, 0.0)
-    for number, index in enumerate(batches):
-        if number == total:
-            break
-        batch = _take(data, index)
+    for number, batch in enumerate(batches):
         grad.begin(batch, (key + number) % 2**63)
         direction, result.carry = step(grad.live, grad, batch, result.carry)
         lr = rates(number)
@@ -271,7 +295,3 @@ def _length(site: Site, plan: Plan, n: int, batch_size: int) -> int | None:
     if steps is None and plan.epochs is None:
         steps = site.method.local_steps
     return n_steps(n, batch_size, plan.epochs or site.method.local_epochs, steps)
-
-
-def _take(data: Split, index: Tensor) -> Batch:
-    return Batch(data.x.index_select(0, index), data.y.index_select(0, index), index)

@@ -145,8 +145,9 @@ def make_federation(
 def digits() -> RawData:
     """scikit-learn's 1797 digits: inputs ``(1, 8, 8)`` in 0..1, a fixed fifth of each class as the global test set."""
     # Read from where scikit-learn keeps them: importing it takes longer than a first round.
-    (package,) = importlib.util.find_spec("sklearn").submodule_search_locations or ()  # type: ignore[union-attr]
-    table = np.loadtxt(Path(package) / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+    found = importlib.util.find_spec("sklearn")
+    folder = "" if found is None else found.origin or ""
+    table = np.loadtxt(Path(folder).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
     x, y = (table[:, :-1] / 16).astype(np.float32).reshape(-1, 1, 8, 8), table[:, -1].astype(np.int64)
     held = assign.hold_out(y, 0.2, philox(0, "data", "digits"))
     task = Task("classification", 10, tuple(map(str, range(10))))

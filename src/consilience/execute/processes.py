@@ -16,7 +16,7 @@ import shutil
 import signal
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -187,12 +187,11 @@ class Processes(Executor):
         self._hand_out()
         return [self._done.pop(ticket) for ticket in tickets]
 
-    def collect(self, jobs: Sequence[Job], tickets: Sequence[int]) -> list[Work]:
+    def collect(self, jobs: Sequence[Job], tickets: Sequence[int]) -> Iterator[Work]:
         """What these jobs did. New states are copied out of shared memory, since they live long."""
-        works = super().collect(jobs, tickets)
-        for job in jobs:
+        for job, work in zip(jobs, super().collect(jobs, tickets), strict=True):
             self._pending[job.id] = clone(self._pending[job.id])
-        return works
+            yield work
 
     def close(self) -> None:
         """End the workers and free their memory."""
