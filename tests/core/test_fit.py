@@ -95,6 +95,7 @@ def equal(a: Weights, b: Weights) -> bool:
             None,
         ),
         ({"clip": 0.3}, lambda p: torch.optim.SGD(p, lr=0.05), 0.3),
+        ({"clip": 0.3, "weight_decay": 0.5}, lambda p: torch.optim.SGD(p, lr=0.05, weight_decay=0.5), 0.3),
         ({"clip": 1e6, "lr": 0.7}, lambda p: torch.optim.SGD(p, lr=0.7), None),
         ({"optimizer": "adam"}, lambda p: torch.optim.Adam(p, lr=0.05), None),
         ({"optimizer": "adamw", "weight_decay": 0.1}, lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.1), None),
@@ -216,6 +217,18 @@ def test_grad_sum_is_the_sum_of_raw_gradients() -> None:
     assert tr.digest(fit.grad_sum) == tr.digest(total)
     assert fit.carry == len(seen) == 10
     assert at.fit(at.initial()).grad_sum == {}
+
+
+def test_clipping_is_of_the_loss_and_comes_before_weight_decay() -> None:
+    at = place(FedAvg(batch_size=5, clip=0.1, weight_decay=0.5, local_steps=1))
+    start, raw = at.initial(), place(FedAvg(batch_size=5, local_steps=1))
+    loss = raw.fit(start, sum_gradients=True).grad_sum
+    short = tr.scale(loss, 0.1 / (tr.norm(loss) + 1e-6))
+    assert tr.norm(loss) > 0.1
+    wanted = tr.axpy(-0.05, tr.axpy(0.5, start.params, short), start.params)
+    fit = at.fit(start, sum_gradients=True)
+    torch.testing.assert_close(vector(fit.weights.params), vector(wanted))
+    assert tr.digest(fit.grad_sum) == tr.digest(loss)  # neither clipped nor decayed
 
 
 def test_a_gradient_may_be_asked_for_again() -> None:
