@@ -32,7 +32,7 @@ from consilience.core import tree as tr
 from consilience.core.errors import ConfigError
 from consilience.core.federation import ClientData, Split, Task
 from consilience.core.fit import Plan
-from consilience.core.model import Architecture, Weights
+from consilience.core.model import Architecture, Instance, Weights
 from consilience.core.predict import Ensemble, Net
 from consilience.core.site import Site
 from consilience.methods.fedavg import FedAvg
@@ -424,6 +424,32 @@ def test_initial_weights_depend_on_seed_architecture_and_component_only() -> Non
     assert len(digests) == 8
     same = Architecture("normed", Normed, (FEATURES,), CLASSES)
     assert tr.digest(same.initial(0)) == tr.digest(NORMED.initial(0))
+
+
+def test_batchnorm_takes_one_row_by_its_running_statistics() -> None:
+    """An epoch of 11 rows in batches of 5 leaves one; so does a client that has only one."""
+    at = site(worker(FedAvg(batch_size=5), federation((11, 8)), NORMED))
+    fit = at.fit(at.initial())
+    assert (fit.steps, fit.samples) == (3, 11)
+    module = load(NORMED, at.initial())
+    for index in torch.from_numpy(at.rng("batches").permutation(11)).split(5):
+        module.train(len(index) > 1)
+        value = F.cross_entropy(module(at.train.x[index]), at.train.y[index])
+        grads = torch.autograd.grad(value, list(module.parameters()))
+        for p, g in zip(module.parameters(), grads, strict=True):
+            p.data.add_(g, alpha=-0.05)
+    assert equal(fit.weights, Weights(dict(module.named_parameters()), {}))
+    for name, buffer in module.named_buffers():
+        assert torch.equal(fit.weights.buffers[name], buffer)
+    assert int(fit.weights.buffers["features.1.num_batches_tracked"]) == 2
+    alone = site(worker(FedAvg(batch_size=5), federation((1, 8)), NORMED))
+    assert alone.fit(alone.initial()).steps == 1
+    images = nn.BatchNorm2d(3)  # a single image has many values in each channel, which is enough
+    image = torch.randn(1, 3, 4, 4)
+    instance = Architecture("images", lambda shape, outputs: nn.BatchNorm2d(3), (3, 4, 4), 1)
+    here = Instance(instance).fill(Weights(dict(images.named_parameters()), dict(images.named_buffers())), train=True)
+    assert torch.equal(here(image), images(image))
+    assert torch.equal(here.running_mean, images.running_mean)
 
 
 def test_no_rows_is_an_error() -> None:
