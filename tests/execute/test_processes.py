@@ -139,6 +139,7 @@ def test_only_folders_that_nobody_holds_are_cleared_away(tmp_path: Path, monkeyp
     with subprocess.Popen(command, **pipes) as lives, subprocess.Popen(command, **pipes) as dies:
         held, left = (Path(child.stdout.readline().strip()) for child in (lives, dies))  # type: ignore[union-attr]
         assert held.parent == left.parent == tmp_path
+        held = held.rename(tmp_path / "consilience-0999999999-held")  # no process of this number here
         dies.kill()
         dies.wait()
         assert left.exists()
