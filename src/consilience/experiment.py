@@ -66,9 +66,8 @@ def specs(settings: Settings, names: Sequence[str]) -> list[RunSpec]:
     found = []
     for text in names:
         name, own = parse_method(text)
-        method = methods.get(name)
         options = {**settings.training, **own}
-        made = method.make(options)
+        made = methods.make(name, options)
         options = {key: getattr(made, key) for key in options}
         for k in range(settings.config.seeds):
             config = settings.config.model_copy(update={"seed": settings.config.seed + k, "seeds": 1})
@@ -115,7 +114,7 @@ def check(spec: RunSpec, federation: Any) -> Any:
     from consilience import methods
     from consilience.simulate import prepare
 
-    return prepare(methods.get(spec.method).make(dict(spec.options)), federation, **_arguments(spec, federation))
+    return prepare(methods.make(spec.method, spec.options), federation, **_arguments(spec, federation))
 
 
 def execute(
@@ -135,7 +134,7 @@ def execute(
     config = spec.config
     federation = federation or make_federation(config)
     return run(
-        methods.get(spec.method).make(dict(spec.options)),
+        methods.make(spec.method, spec.options),
         federation,
         **_arguments(spec, federation),
         rounds=config.rounds,
@@ -325,6 +324,10 @@ def _report(folder: Path) -> Path:
 
 def read_spec(folder: Path) -> tuple[RunSpec, str]:
     """The run that a folder holds, and the command that began it. Raises ConfigError."""
+    if (folder / "compare.yaml").exists():
+        inside = sorted(path.parent.name for path in folder.glob("*/config.yaml"))
+        runs = f"name one of its runs: {', '.join(inside)}" if inside else "none of its runs has begun"
+        raise ConfigError(f"{folder} is a comparison; {runs}")
     if not (folder / "config.yaml").exists():
         raise ConfigError(f"{folder}: no run there (no config.yaml)")
     record = read_yaml(folder / "config.yaml")

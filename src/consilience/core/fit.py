@@ -35,15 +35,17 @@ Loss = Callable[[Models, Batch], Tensor]
 """``loss(model, batch)`` -> scalar."""
 Grad = Callable[..., Params]
 """``grad(params=None, batch=None)`` -> gradient by name, at the current or other parameters; the dropout key
-of the step is the same at every call, and buffers move at the first call only."""
+of the step is the same at every call, and buffers move at the first call only. Clipped if the method clips; plain
+SGD's weight decay is added after that."""
 Step = Callable[[Params, Grad, Batch, Tree], tuple[Params, Tree]]
 """``step(params, grad, batch, carry)`` -> (direction, carry). The direction points uphill, as a gradient does."""
 
 
 @dataclass
 class Fit:
-    """What training did. weights: trained, shaped as given. carry: as the last step left it. grad_sum: sum of
-    the raw gradients over the steps (if asked for). lr_sum: sum of the step sizes. loss: mean over the steps."""
+    """What training did. weights: trained, shaped as given. carry: as the last step left it. grad_sum: sum of the
+    raw gradients of the loss over the steps (if asked for): before clipping and without weight decay. lr_sum: sum
+    of the step sizes. loss: mean over the steps."""
 
     weights: Any
     carry: Tree
@@ -185,6 +187,10 @@ class _Gradient:
         torch.default_generator.manual_seed(self.seed)
         try:
             gradients = self._backward(batch)
+            if self.sums is not None and not self.calls:
+                torch._foreach_add_(self.sums, gradients)
+            if self.clip is not None:
+                torch._foreach_mul_(gradients, (self.clip / (nn.utils.get_total_norm(gradients) + 1e-6)).clamp(max=1.0))
             if self.decay:
                 torch._foreach_add_(gradients, [p.data for p in models.leaves], alpha=self.decay)
         finally:
@@ -192,10 +198,6 @@ class _Gradient:
                 models.point(self.live)
             for buffer, old in zip(models.buffers(), kept, strict=False):
                 buffer.copy_(old)
-        if self.clip is not None:
-            torch._foreach_mul_(gradients, (self.clip / (nn.utils.get_total_norm(gradients) + 1e-6)).clamp(max=1.0))
-        if self.sums is not None and not self.calls:
-            torch._foreach_add_(self.sums, gradients)
         self.calls += 1
         self.rows += len(batch.x)
         return dict(zip(models.names, gradients, strict=True))

@@ -27,9 +27,7 @@ from consilience.data.partition import fractions, read_on_demand
 from consilience.data.preprocess import Column, Table
 from consilience.data.raw import RawData
 from consilience.data.read import SUFFIXES, read_client_files, read_file
-from consilience.data.spec import is_file, parse
-
-NAMES = ("digits", "fashion-mnist", "adult", "synthetic", "synthetic-ondemand", "quadratic")
+from consilience.data.spec import NAMES, is_file, parse
 
 FASHION_VARIABLE = "CONSILIENCE_FASHION_MNIST"
 FASHION_DEBIAN = Path("/usr/share/datasets/fashion-mnist")

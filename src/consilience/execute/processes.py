@@ -31,7 +31,7 @@ from consilience.core.messages import Job, Work
 from consilience.core.tree import Tree, clone
 from consilience.core.worker import Call, Worker
 from consilience.execute.memory import keep_freed_memory
-from consilience.execute.shared import Mapped, Segments, make_folder
+from consilience.execute.shared import Mapped, Segments, drop_folder, make_folder
 
 INLINE = 1 << 14
 """Trees up to this many bytes travel in the pipe."""
@@ -203,7 +203,7 @@ class Processes(Executor):
                 child.process.kill()
                 child.process.join()
         self._children = []
-        shutil.rmtree(self._folder, ignore_errors=True)
+        drop_folder(self._folder)
 
     def _spawn(self) -> _Child:
         ours, theirs = multiprocessing.Pipe()
