@@ -117,7 +117,7 @@ def picked(data: Split, batches: Iterator[Tensor], total: int | None, batch_size
 def _pick(data: Split, several: list[Tensor]) -> Iterator[Batch]:
     rows, sizes = torch.cat(several), [len(index) for index in several]
     parts = (data.x.index_select(0, rows), data.y.index_select(0, rows), rows)
-    return map(Batch, *(torch.split(part, sizes) for part in parts))
+    return map(Batch, *(part.split_with_sizes(sizes) for part in parts))
 
 
 @dataclass
