@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import torch
+import workloads
 from torch import Tensor, nn
 
 from consilience.core.checkpoint import write_atomically
@@ -53,8 +54,9 @@ def main() -> None:
         sys.exit("torch.compile needs a C++ compiler on a CPU, and there is no g++, clang++ or c++ on the path")
     torch.set_num_threads(1)
     found: dict[str, object] = {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
-    for name in ("mlp", "lenet"):
-        plain = architecture(name, (1, 28, 28), 10).build()
+    channels_last = architecture("lenet", (1, 28, 28), 10).build()
+    models = {"mlp": workloads.mlp(), "lenet": workloads.lenet(), "lenet, channels-last": channels_last}
+    for name, plain in models.items():
         draw = torch.Generator().manual_seed(0)
         rows = [(torch.randn(n, 1, 28, 28, generator=draw), torch.arange(n) % 10) for n in BATCHES]
         line: dict[str, object] = {"plain": {"step_ms": step_ms(plain, *rows[0])}}

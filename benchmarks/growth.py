@@ -9,6 +9,7 @@ of which the first is left out. Takes a few minutes. Results go to ``benchmarks/
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import statistics
@@ -29,7 +30,7 @@ EVERY, ROUNDS = 3, 18
 def seconds_a_round(options: Sequence[str]) -> float:
     """Median seconds a round of ``consilience run fedavg`` with these options."""
     ended, _, _ = consilience(["fedavg", *options, "--eval-every", str(EVERY)], ROUNDS)
-    return statistics.median(b - a for a, b in zip(ended, ended[1:], strict=False)) / EVERY
+    return statistics.median(b - a for a, b in itertools.pairwise(ended)) / EVERY
 
 
 def images(model: str = "mlp", participants: int = 100) -> list[str]:
