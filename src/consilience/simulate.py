@@ -27,6 +27,7 @@ from consilience.core.worker import Worker, pooled
 from consilience.execute.memory import keep_freed_memory
 from consilience.execute.processes import Processes, cores
 from consilience.execute.serial import Serial
+from consilience.execute.stacked import Stacked
 from consilience.folder import RunFolder, digest_text
 from consilience.measure.metrics import Standard
 from consilience.schedule.rounds import Rounds
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SCHEDULES: dict[str, Callable[[], Schedule]] = {"rounds": Rounds}
-EXECUTORS = ("auto", "serial", "processes")
+EXECUTORS = ("auto", "serial", "processes", "stacked")
 
 
 class History(list[dict[str, Any]]):
@@ -131,7 +132,9 @@ def run(
     _check_counts(rounds, participation, eval_every, eval_clients_every)
     path = None if out is None else Path(out)
     # what a checkpoint may be resumed with: everything that decides the bits, beside the data's fingerprint
-    identity = repr((method.name, method, seed, participation, list(worker.place.architectures), topology))
+    identity = repr(
+        (method.name, method, seed, participation, list(worker.place.architectures), topology, executor == "stacked")
+    )
     recorder, snapshot, spent = _recorder(path, resume, {**(config or {}), "identity": identity}, federation)
     keeper = _Keeper(recorder, on_line)
     setup = Setup(
@@ -308,7 +311,7 @@ def make_executor(name: str, worker: Worker, workers: int | None) -> Executor:
         raise ConfigError(f"workers={count}: at least 1")
     if name == "serial" or (name == "auto" and count == 1):
         return Serial(worker)
-    return Processes(worker, count)
+    return (Stacked if name == "stacked" else Processes)(worker, count)
 
 
 @contextlib.contextmanager
