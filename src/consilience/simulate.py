@@ -327,6 +327,7 @@ class _Keeper:
         self._folder, self._on_line = folder, on_line
         self.lines = folder.lines if folder is not None else []
         self.clients = folder.clients if folder is not None else []
+        self.timeline = folder.timeline if folder is not None else []
         self.dropped: list[tuple[int, Refusal]] = [
             (line["round"], Refusal(line["client"], line["field"], line["reason"]))
             for line in (folder.refused_lines if folder is not None else [])
@@ -347,6 +348,13 @@ class _Keeper:
         self.dropped.extend((version, refusal) for refusal in refusals)
         if self._folder is not None:
             self._folder.refused(version, refusals)
+
+    def jobs(self, records: Sequence[dict[str, Any]]) -> None:
+        """Jobs ended."""
+        if self._folder is not None:
+            self._folder.jobs(records)
+        else:
+            self.timeline.extend(records)
 
     def checkpoint(self, snapshot: Snapshot) -> None:
         """A good moment to save."""
