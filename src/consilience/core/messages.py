@@ -142,8 +142,8 @@ class Trip(NamedTuple):
 
     def __add__(self, other: Trip) -> Trip:  # type: ignore[override]
         """This trip and then another, by parts."""
-        parts = (a + b for a, b in zip(self[:4], other[:4], strict=True))
-        return Trip(*parts, lost=None if other.lost is None else self.seconds + other.lost)
+        wait, download, compute, upload = (a + b for a, b in zip(self[:4], other[:4], strict=True))
+        return Trip(wait, download, compute, upload, None if other.lost is None else self.seconds + other.lost)
 
 
 def _share(done: float, of: float) -> float:
@@ -187,8 +187,8 @@ class Reply(NamedTuple):
 
     samples: the client's registered training rows (its weight). trained, steps: samples and steps computed.
     staleness: server updates made since the broadcast. since: virtual time of the dispatch. seconds: from there to
-    the arrival. trip: what they were spent on (the sum over a chain's phases). rings: timers of the schedule that rang since the dispatch, the
-    one at the time of combining included.
+    the arrival. trip: what they were spent on (the sum over a chain's phases). rings: timers of the schedule that
+    rang since the dispatch, one at the time of combining included.
     """
 
     job: Job

@@ -332,9 +332,7 @@ class Loop:
         bound = self.setup.clock.trip(job, self.time, down=down, up=0, samples=least, steps=0).seconds
         self.order += 1
         earlier = None if resumes is None else resumes.reply
-        self._open.append(
-            _Open(job, rest, self.time, down, self.rings, earlier, ticket, self.order, self.time + bound)
-        )
+        self._open.append(_Open(job, rest, self.time, down, self.rings, earlier, ticket, self.order, self.time + bound))
 
     def _collect(self) -> None:
         """Compute everything that was dispatched, together, and let it arrive at its time."""
@@ -364,10 +362,7 @@ class Loop:
     def _admit(self, group: Sequence[Reply]) -> None:
         """Combine a group of replies into one server update, and finish the round if that was its last chain."""
         replies = sorted(
-            (
-                r._replace(staleness=self.version - r.job.version, rings=self.rings - r.rings)
-                for r in group
-            ),
+            (r._replace(staleness=self.version - r.job.version, rings=self.rings - r.rings) for r in group),
             key=lambda r: (r.job.client, r.job.id),
         )
         chains = self._round_chains()
@@ -437,9 +432,7 @@ class Loop:
                 since=self.time, trip=leg, rings=self.rings,
             )  # fmt: skip
             self.order += 1
-            self.flights[job.id] = Flight(
-                job, (), self.time, self.time + leg.seconds, self.order, reply, Totals(), leg
-            )
+            self.flights[job.id] = Flight(job, (), self.time, self.time + leg.seconds, self.order, reply, Totals(), leg)
 
     def _barriers(self, when: str) -> None:
         """The phases before the first round or after the last: everybody takes part, everybody is waited for."""
