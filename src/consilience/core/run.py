@@ -449,10 +449,10 @@ class Loop:
         """The run is over: nobody waits for what is still in flight or not decided on."""
         for reply in self.arrived.values():
             self._lap(reply, "unfinished")
-        for o in self._open:  # never computed
-            self._lap(Reply(o.job, None, 0, 0, 0, 0, 0.0, math.nan, since=o.at), "unfinished", self.time)
-        for flight in self.flights.values():
-            self._lap(flight.reply, "unfinished", self.time)
+        under_way = [(o.job, o.at if o.earlier is None else o.earlier.since) for o in self._open]
+        under_way += [(flight.job, flight.reply.since) for flight in self.flights.values()]
+        for job, since in sorted(under_way):  # the same line whether or not it was computed already
+            self._lap(Reply(job, None, 0, 0, 0, 0, 0.0, math.nan, since=since), "unfinished", self.time)
         self.executor.settle((), [reply.job for reply in self.arrived.values()])
         self.executor.settle((), [flight.job for flight in self.flights.values()])
         self._open, self.arrived, self.flights, self.news, self.timers = [], {}, {}, [], []
@@ -465,7 +465,7 @@ class Loop:
         arrived = reply.since + reply.seconds
         self._laps.append({
             "job": job.id, "client": job.client, "phase": self.program[job.phase].name, "state": state,
-            "start": reply.since, "end": arrived if end is None else min(end, arrived) if reply.seconds else end,
+            "start": reply.since, "end": arrived if end is None else end,
             "wait": trip.wait, "download": trip.download, "compute": trip.compute, "upload": trip.upload,
             "steps": reply.steps, "staleness": reply.staleness, "round": self.version + 1,
         })  # fmt: skip
