@@ -173,7 +173,7 @@ class Loop:
         self._sizes: dict[int, tuple[Tree, int]] = {}
         self._open: list[_Open] = []
         self._laps: list[dict[str, Any]] = []
-        self._timed = not isinstance(setup.clock, Instant)
+        self._timed = type(setup.clock) is not Instant
         self._judged: dict[int, tuple[Score, Score]] = {}
         if resume is None:
             self.version, self.time, self.next_job, self.order, self.started = 0, 0.0, 0, 0, 0
