@@ -50,7 +50,9 @@ FIXTURES = {
     "feddf": Case(FedDF(), {"models": "mlp:16*0.5,logistic*0.5", "model": "logistic"}, {"public": 60}),
     "fedem": Case(FedEM()),
     "dpsgd-ring": Case(DPSGD(), {"topology": "ring", "participation": 1.0}),
-    "dpsgd-cta": Case(DPSGD(order="cta"), {"topology": "er:0.7", "availability": "bernoulli:0.7", "participation": 1.0}),
+    "dpsgd-cta": Case(
+        DPSGD(order="cta"), {"topology": "er:0.7", "availability": "bernoulli:0.7", "participation": 1.0}
+    ),
     "fedasmu-spread": Case(FedASMU(), {"schedule": Immediate(), "clock": Spread(), "participation": 3}),
 }
 ROUGH = {"fleet": "phones", "drops": 0.15}

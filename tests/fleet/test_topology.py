@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 
-import numpy as np
 from consilience.core.errors import ConfigError, DataError
 from consilience.fleet.topology import NAMES, components, mixing, neighbours, spectral_gap, summary
 

@@ -125,7 +125,10 @@ def test_a_deadline_closes_a_round() -> None:
 
 
 def test_a_deadline_before_the_first_reply_waits_for_it() -> None:
-    assert [sorted(found) for found in combined(play(Deadline(1.0), PACE, rounds=2)).values()] == [[(0, 4.0)], [(0, 8.0)]]
+    assert [sorted(found) for found in combined(play(Deadline(1.0), PACE, rounds=2)).values()] == [
+        [(0, 4.0)],
+        [(0, 8.0)],
+    ]
 
 
 def test_over_selection_ends_with_enough_replies() -> None:

@@ -250,7 +250,7 @@ def parse(text: str, n: int, seed: int, labels: np.ndarray | None = None) -> Ava
         return Diurnal(hours, zones, seed)
     if Path(text).suffix or Path(text).exists():
         return read_trace(Path(text), n)
-    raise ConfigError(f"unknown availability '{text}'{nearest(text, NAMES)}, or a trace file (client, on, off)")
+    raise ConfigError(f"unknown availability '{text}'{nearest(text, NAMES)} (or a trace file: client, on, off)")
 
 
 def rates(p: float, labels: np.ndarray, seed: int) -> np.ndarray:

@@ -76,7 +76,7 @@ def profile(name: str) -> Profile:
         return PROFILES[name]
     kind, _, spread = name.partition(":")
     if kind != "lognormal":
-        raise ConfigError(f"unknown fleet '{name}'{nearest(name, NAMES)}, a .csv file, or package.module:function")
+        raise ConfigError(f"unknown fleet '{name}'{nearest(name, NAMES)} (or a .csv file, or package.module:function)")
     try:
         s = float(spread)
     except ValueError:

@@ -41,7 +41,7 @@ def neighbours(name: str, n: int, seed: int = 0) -> Graph:
         return _connected(name, _drawer(name, kind, rest.split(":"), n), seed)
     if Path(name).suffix or Path(name).exists():
         return read_edges(Path(name), n)
-    raise ConfigError(f"unknown topology '{name}'{nearest(name, (*NAMES, *DRAWN))}, or a file of edges")
+    raise ConfigError(f"unknown topology '{name}'{nearest(name, (*NAMES, *DRAWN))} (or a file of edges)")
 
 
 def _around(i: int, rows: int, cols: int) -> set[int]:
