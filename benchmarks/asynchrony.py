@@ -68,8 +68,9 @@ ROUNDS = f"fedavg:{TRAINING}"
 OVER = f"fedavg:form=delta,{TRAINING}"
 ASYNC, MERGING, UNMERGED = f"fedasync:{TRAINING}", f"fedasmu:{TRAINING}", f"fedasmu:mu_b=0,{TRAINING}"
 COMPASS, SILOBUFF = "fedcompass:least=20,most=100", "fedbuff:buffer=3,local_steps=100"
-SEEN, UNSEEN = "fedau:local_steps=5,batch_size=16,lr=0.1", (
-    "fedavg:form=delta,weights=uniform,local_steps=5,batch_size=16,lr=0.1"
+SEEN, UNSEEN = (
+    "fedau:local_steps=5,batch_size=16,lr=0.1",
+    ("fedavg:form=delta,weights=uniform,local_steps=5,batch_size=16,lr=0.1"),
 )
 
 CLAIMS: dict[str, Claim] = {
@@ -109,7 +110,9 @@ def go(text: str, fed: Any, seed: int, target: float | None, options: Mapping[st
     lines: list[dict[str, float]] = []
 
     def on_line(line: dict[str, Any]) -> None:
-        lines.append({"virtual_s": line["virtual_s"], "accuracy": line["global"]["accuracy"], "bytes": line["bytes_up"]})
+        lines.append(
+            {"virtual_s": line["virtual_s"], "accuracy": line["global"]["accuracy"], "bytes": line["bytes_up"]}
+        )
         last = [found["accuracy"] for found in lines[-WINDOW:]]
         if target is not None and len(last) == WINDOW and sum(last) / WINDOW >= target:
             raise Reached

@@ -122,8 +122,8 @@ def test_a_file_of_edges(tmp_path: object) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["regular:3.5", "regular:12", "regular:3:1", "er:2", "er", "smallworld:3:0.1", "smallworld:4", "er:0.001", "regular:1",
-     "nowhere.txt"],
+    ["regular:3.5", "regular:12", "regular:3:1", "er:2", "er", "smallworld:3:0.1", "smallworld:4", "er:0.001",
+     "regular:1", "nowhere.txt"],
 )  # fmt: skip
 def test_bad_topologies(name: str) -> None:
     with pytest.raises((ConfigError, DataError)) as found:

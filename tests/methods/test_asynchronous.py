@@ -491,7 +491,8 @@ def test_killed_with_jobs_in_flight(tmp_path: Path) -> None:
     """SIGKILL in the middle of an asynchronous run, with processes; resumed, it ends with the same bits."""
     root = Path(__file__).parents[2]
     options = ["--data", "digits", "--clients", "8", "--model", "mlp:16", "--rounds", "12", "--participation", "5",
-               "--fleet", "phones", "--drops", "0.1", "--checkpoint-every", "1", "--eval-clients-every", "0"]  # fmt: skip
+               "--fleet", "phones", "--drops", "0.1", "--checkpoint-every", "1", "--eval-clients-every",
+               "0"]  # fmt: skip
     command = [sys.executable, "-m", "consilience.cli", "run", "fedbuff:buffer=3", *options, "--workers", "2"]
     environment = {**os.environ, "PYTHONPATH": str(root / "src")}
 
