@@ -13,6 +13,7 @@ evaluations in a row is at least that. Whoever does not reach it in its budget c
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
@@ -117,10 +118,8 @@ def go(text: str, fed: Any, seed: int, target: float | None, options: Mapping[st
         if target is not None and len(last) == WINDOW and sum(last) / WINDOW >= target:
             raise Reached
 
-    try:
+    with contextlib.suppress(Reached):
         consilience.run(get(name).make(own), fed, eval_clients_every=0, seed=seed, on_line=on_line, **options)
-    except Reached:
-        pass
     return lines
 
 
