@@ -156,6 +156,7 @@ class Memory:
         self.clients: list[dict[str, Any]] = []
         self.dropped: list[tuple[int, Refusal]] = []
         self.snapshots: dict[int, Snapshot] = {}
+        self.timeline: list[dict[str, Any]] = []
 
     def line(self, record: dict[str, Any], clients: Sequence[dict[str, Any]]) -> None:
         self.lines.append({key: value for key, value in record.items() if key != "wall_s"})
@@ -163,6 +164,9 @@ class Memory:
 
     def refused(self, version: int, refusals: Sequence[Refusal]) -> None:
         self.dropped.extend((version, refusal) for refusal in refusals)
+
+    def jobs(self, records: Sequence[dict[str, Any]]) -> None:
+        self.timeline.extend(records)
 
     def checkpoint(self, snapshot: Snapshot) -> None:
         self.snapshots[snapshot.version] = snapshot

@@ -91,6 +91,14 @@ def n_steps(n: int, batch_size: int, epochs: int, steps: int | None) -> int:
     return steps if steps is not None else epochs * math.ceil(n / batch_size)
 
 
+def fit_samples(n: int, batch_size: int, steps: int) -> int:
+    """Rows in the first ``steps`` batches of :func:`shuffled` epochs over ``n`` rows."""
+    if not n:
+        return 0
+    epochs, rest = divmod(steps, math.ceil(n / batch_size))
+    return epochs * n + min(rest * batch_size, n)
+
+
 def shuffled(rng: np.random.Generator, n: int, batch_size: int) -> Iterator[Tensor]:
     """Row numbers of batches, epoch after epoch without end; the last batch of an epoch may be smaller."""
     while True:

@@ -90,6 +90,10 @@ class Scaffold(Method):
     weights: Literal["samples", "uniform"] = option("uniform", "a client's weight (uniform in the paper)")
     form: Literal["delta"] = option("delta", "clients send differences")
 
+    def least_samples(self, phase: Phase, rows: int, steps: int | None) -> int:
+        """One training."""
+        return self.one_fit(rows, steps)
+
     def sends(self) -> type:
         """See :class:`Up`."""
         return Up
