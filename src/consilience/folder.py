@@ -20,7 +20,8 @@ from consilience.core import checkpoint
 from consilience.core import tree as tr
 from consilience.core.errors import CheckpointError
 from consilience.core.federation import Federation
-from consilience.core.run import Refusal, Snapshot
+from consilience.core.messages import Refusal
+from consilience.core.run import Snapshot
 
 DRAWN = 2000
 """Most clients whose class counts are written for the picture of the partition."""

@@ -16,11 +16,11 @@ from consilience.core.evaluate import Evaluation
 from consilience.core.events import Clock, Schedule, cohort_size
 from consilience.core.executor import Executor
 from consilience.core.federation import Federation
-from consilience.core.messages import Device
+from consilience.core.messages import Device, Refusal
 from consilience.core.method import Method
 from consilience.core.model import Architecture, Factory, SplitModel, Weights, check_factory
 from consilience.core.predict import Predictor
-from consilience.core.run import Refusal, Setup, Snapshot
+from consilience.core.run import Setup, Snapshot
 from consilience.core.run import run as run_loop
 from consilience.core.site import Place
 from consilience.core.streams import philox
@@ -182,7 +182,7 @@ def run(
         clock=found,
         measures=Standard(),
         recorder=keeper,
-        stages=(Validation(worker.place),),
+        stages=() if worker.check is None else (worker.check,),
         evaluation=Evaluation(eval_every, eval_clients_every, eval_clients, worker.place.chunk),
         checkpoint_every=checkpoint_every if recorder is not None else 0,
         elapsed=spent,
@@ -240,7 +240,7 @@ def prepare(
         topology=weights_of,
         pooled=pooled(federation) if method.needs.pooled_data else None,
     )
-    return Worker(place, federation, method.program())
+    return Worker(place, federation, method.program(), Validation(place))
 
 
 @dataclass(frozen=True)
