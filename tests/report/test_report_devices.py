@@ -43,7 +43,9 @@ def timed(folder: Path, jobs: list[dict[str, Any]] = JOBS, watts: float | None =
     (folder / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "timeline.jsonl").write_text("".join(json.dumps(line) + "\n" for line in jobs))
     devices = [{"watts": watts}] * len(json.loads((folder / "federation.json").read_text())["sizes"])
-    (folder / "fleet.json").write_text(json.dumps({"devices": devices, "offline": {"2": [[5.0, 9.0]]}, "until": 50.0}))
+    (folder / "fleet.json").write_text(
+        json.dumps({"devices": devices, "offline": [[], [], [[5.0, 9.0]]], "until": 50.0})
+    )
     return folder
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
@@ -97,11 +97,11 @@ class Timeline:
 
     def offline(self, client: int) -> list[Sequence[float]]:
         """When a client could not be reached."""
-        found: Mapping[str, list[Sequence[float]]] = self.run.fleet.get("offline") or {}
-        return found.get(str(client), [])
+        found: list[list[Sequence[float]]] = self.run.fleet.get("offline") or []
+        return found[client] if client < len(found) else []
 
     def shown(self) -> tuple[list[int], float]:
-        """Clients of a picture, slowest first and those never heard last, and the time at which it ends, so that it can be read."""
+        """Clients of a picture, slowest first and those never heard last, and the time at which it ends."""
         spans: dict[int, list[float]] = {}
         for job in self.jobs:
             if job["state"] == "combined":
