@@ -71,7 +71,7 @@ class Config(BaseModel):
     init: str | None = Field(None, description="a safetensors file to start from")
     seed: int = Field(0, ge=0, description="of everything random")
     seeds: int = Field(1, ge=1, description="repetitions, with seeds seed, seed + 1, ...")
-    executor: Literal["auto", "serial", "processes"] = Field("auto", description="where clients run")
+    executor: Literal["auto", "serial", "processes", "stacked"] = Field("auto", description="where clients run")
     workers: int | None = Field(None, ge=1, description="worker processes (cores)")
     checkpoint_every: int = Field(10, ge=0, description="rounds between checkpoints; 0: only at the end")
     out: str | None = Field(None, description="folder to write (runs/...)")

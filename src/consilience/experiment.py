@@ -211,7 +211,7 @@ def _run_all(todo: Sequence[RunSpec], folder: Path, command: str, on_line: OnLin
         return
     config = todo[0].config
     workers = config.workers or cores()
-    if config.executor == "serial" or workers == 1 or len(todo) < workers:
+    if config.executor in ("serial", "stacked") or workers == 1 or len(todo) < workers:
         for spec in todo:
             _one(spec, folder, command, None, lambda line, label=spec.name: on_line(label, line))  # type: ignore[misc]
         return

@@ -28,6 +28,7 @@ from consilience.core.worker import Worker, pooled
 from consilience.execute.memory import keep_freed_memory
 from consilience.execute.processes import Processes, cores
 from consilience.execute.serial import Serial
+from consilience.execute.stacked import Stacked
 from consilience.fleet.clock import Fleet, make_fleet
 from consilience.fleet.summary import describe
 from consilience.folder import RunFolder, digest_text
@@ -39,7 +40,7 @@ from consilience.wire.validate import Validation
 if TYPE_CHECKING:
     import pandas as pd
 
-EXECUTORS = ("auto", "serial", "processes")
+EXECUTORS = ("auto", "serial", "processes", "stacked")
 
 
 class History(list[dict[str, Any]]):
@@ -152,7 +153,16 @@ def run(
     found, rule = timing(worker, participation=participation, clock=clock, **when)  # type: ignore[arg-type]
     path = None if out is None else Path(out)
     # what a checkpoint may be resumed with: everything that decides the bits, beside the data's fingerprint
-    named = (method.name, method, seed, participation, list(worker.place.architectures), topology, mixing)
+    named = (
+        method.name,
+        method,
+        seed,
+        participation,
+        list(worker.place.architectures),
+        topology,
+        mixing,
+        executor == "stacked",
+    )
     identity = repr(
         (
             *named,
@@ -371,7 +381,7 @@ def make_executor(name: str, worker: Worker, workers: int | None) -> Executor:
         raise ConfigError(f"workers={count}: at least 1")
     if name == "serial" or (name == "auto" and count == 1):
         return Serial(worker)
-    return Processes(worker, count)
+    return (Stacked if name == "stacked" else Processes)(worker, count)
 
 
 @contextlib.contextmanager

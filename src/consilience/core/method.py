@@ -97,6 +97,8 @@ class Method(Training):
     schedule: ClassVar[str] = "rounds"
     trains_on_server: ClassVar[bool] = False
     """Whether ``aggregate`` trains, so that it should run where client work runs."""
+    unstacked: ClassVar[str] = ""
+    """Why clients that run in step cannot have their gradients computed together, if they cannot."""
 
     def __post_init__(self) -> None:
         for key, adapter in _validators(type(self)).items():  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from consilience.core.federation import ClientData, Split, Task
-from consilience.core.fit import Batch, Fit, Loss, Plan, Step, training
+from consilience.core.fit import Batch, Fit, Loss, Plan, Step, Together, training
 from consilience.core.messages import Job, Score
 from consilience.core.model import Architecture, Instance, Pool, Weights
 from consilience.core.predict import Net, Predictor
@@ -66,7 +66,9 @@ class Site:
     ``id``, ``job``, ``method``, ``task``, ``model`` (its architecture's name), ``train`` / ``valid`` / ``test``.
     """
 
-    def __init__(self, place: Place, pool: Pool, job: Job, data: ClientData, phase: str) -> None:
+    def __init__(
+        self, place: Place, pool: Pool, job: Job, data: ClientData, phase: str, together: Together | None = None
+    ) -> None:
         self.place, self.method, self.task = place, place.method, place.task
         self.id, self.job = job.client, job
         self.model = place.model_of(job.client) if job.client != SERVER else place.server_model
@@ -76,6 +78,8 @@ class Site:
         """Samples and steps computed so far."""
         self.last_loss = float("nan")
         """Mean training loss of the first fit, which is the training; later ones are a method's own business."""
+        self.together = together
+        """Whom to ask for gradients, where clients run in step."""
         self._pool = pool
 
     @property
