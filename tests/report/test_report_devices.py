@@ -86,6 +86,15 @@ def test_the_section(make_run: Make) -> None:
     assert widths[-1] == pytest.approx(3 * widths[0], rel=0.05)  # 6 s against 2 s
 
 
+def test_a_topology_is_told(make_run: Make) -> None:
+    folder = timed(make_run())
+    about = json.loads((folder / "fleet.json").read_text())
+    about["topology"] = {"topology": "ring", "nodes": 6, "edges": 6, "least_degree": 2, "most_degree": 2, "parts": 1,
+                         "spectral_gap": 0.3333}  # fmt: skip
+    (folder / "fleet.json").write_text(json.dumps(about))
+    assert "topology ring, 6 edges, 2 neighbours each, spectral gap 0.333." in write_report(folder).read_text()
+
+
 def test_no_section_without_virtual_time(make_run: Make) -> None:
     page = write_report(make_run()).read_text()
     assert 'id="devices"' not in page

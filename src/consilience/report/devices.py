@@ -38,8 +38,24 @@ def devices_section(facts: Facts, number: int) -> str:
     )
     inner = f'{_table(found)}<div class="gap">{pictures[0]}</div>{more}'
     seeds = f" Pictures and table are of seed {found[0][1].run.seed}." if len(facts.seeds) > 1 else ""
+    graphs = dict.fromkeys(text for entry, line in found if (text := _graph(entry, line)))
+    inner += "".join(note(text) for text in graphs)
     inner += note(f"Virtual time is simulated on the clients&rsquo; devices and links.{seeds}")
     return section("devices", number, "Devices and time", _finding(found[0]), inner)
+
+
+def _graph(entry: Entry, line: Timeline) -> str:
+    """A method's topology in numbers, if it has one."""
+    about = line.run.fleet.get("topology")
+    if not about:
+        return ""
+    least, most = about["least_degree"], about["most_degree"]
+    degree = f"{least}" if least == most else f"{least} to {most}"
+    parts = f", in {about['parts']} parts that cannot reach each other" if about["parts"] > 1 else ""
+    return (
+        f"{named(entry)}: topology {escape(str(about['topology']))}, {about['edges']} edges, {degree} neighbours each, "
+        f"spectral gap {about['spectral_gap']:.3g}{parts}."
+    )
 
 
 def _finding(best: tuple[Entry, Timeline]) -> str:
