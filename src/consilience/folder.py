@@ -131,9 +131,9 @@ class RunFolder:
         }
         checkpoint.save(self.path / "checkpoint", snapshot.version, snapshot, notes)
 
-    def finish(self, snapshot: Snapshot, fleet: Mapping[str, Any] | None = None) -> None:
+    def finish(self, snapshot: Snapshot, fleet: Mapping[str, Any]) -> None:
         """Write the fleet as it was, and the digest: the mark of a run that is done."""
-        if fleet is not None:
+        if fleet:
             checkpoint.write_atomically(self.path / "fleet.json", json.dumps(fleet))
         checkpoint.write_atomically(self.path / "digest.txt", digest_text(snapshot, self.lines))
 

@@ -31,6 +31,7 @@ from consilience.execute.serial import Serial
 from consilience.execute.stacked import Stacked
 from consilience.fleet.clock import Fleet, make_fleet
 from consilience.fleet.summary import describe
+from consilience.fleet.topology import summary
 from consilience.folder import RunFolder, digest_text
 from consilience.measure.metrics import Standard
 from consilience.schedule import names as schedules
@@ -163,16 +164,9 @@ def run(
         mixing,
         executor == "stacked",
     )
-    identity = repr(
-        (
-            *named,
-            found if clock is None and not isinstance(fleet, str) else fleet,
-            availability,
-            drops,
-            fleet_correlation,
-            rule,
-        )
-    )
+    devices = fleet if clock is None else type(clock).__qualname__
+    combines = rule if schedule is None or isinstance(schedule, str) else type(rule).__qualname__
+    identity = repr((*named, devices, availability, drops, fleet_correlation, combines))
     recorder, snapshot, spent = _recorder(path, resume, {**(config or {}), "identity": identity}, federation)
     keeper = _Keeper(recorder, on_line)
     setup = Setup(
@@ -195,7 +189,10 @@ def run(
         finally:
             place.close()
     if recorder is not None:
-        recorder.finish(last, describe(found, federation, last.time) if isinstance(found, Fleet) else None)
+        about = describe(found, federation, last.time) if isinstance(found, Fleet) else {}
+        if worker.place.topology is not None:
+            about["topology"] = summary(topology, len(federation.seen), mixing, seed)
+        recorder.finish(last, about)
     return Result(method, History(keeper.lines), keeper.clients, last, worker, keeper.dropped, path, keeper.timeline)
 
 

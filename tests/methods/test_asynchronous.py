@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import consilience
 from consilience.core import checkpoint
 from consilience.core import tree as tr
-from consilience.core.errors import ConfigError, ConsilienceError
+from consilience.core.errors import CheckpointError, ConfigError, ConsilienceError
 from consilience.core.events import Instant
 from consilience.core.executor import Executor
 from consilience.core.messages import DeltaUpdate, Device, Job, ModelUpdate, Reply, Trip
@@ -485,6 +485,16 @@ def test_what_is_promised_changes_only_what_is_computed_together() -> None:
 def test_a_broken_promise_is_told() -> None:
     with pytest.raises(ConsilienceError, match="fewer than least_samples says"):
         simulated(Serial(helpers.worker(Boastful(buffer=2))), Buffered(2))
+
+
+def test_a_run_with_devices_from_python_resumes_as_itself(tmp_path: Path) -> None:
+    devices = [Device(1e4, 1e6, 1e6)] * 5
+    options = {"clock": None, "fleet": devices, "out": tmp_path / "run", "checkpoint_every": 1}
+    done = run(FedBuff(buffer=2), **options)
+    again = run(FedBuff(buffer=2), **{**options, "fleet": list(devices)}, resume=True)
+    assert again.digest == done.digest
+    with pytest.raises(CheckpointError, match="another"):
+        run(FedBuff(buffer=2), **{**options, "fleet": "phones"}, resume=True)
 
 
 def test_killed_with_jobs_in_flight(tmp_path: Path) -> None:
