@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -49,7 +49,8 @@ class Flight(NamedTuple):
 
 @record
 class Snapshot(NamedTuple):
-    """Everything that a run needs to go on, bit for bit. Nothing is in computation when it is taken."""
+    """Everything that a run needs to go on, bit for bit. Nothing is in computation when it is taken. states: see
+    ``Executor.states``: those on file are read when asked for, and are the run's newest."""
 
     version: int
     time: float
@@ -67,7 +68,7 @@ class Snapshot(NamedTuple):
     arrived: tuple[Reply, ...]
     flights: tuple[Flight, ...]
     timers: tuple[float, ...]
-    states: dict[int, Tree]
+    states: Mapping[int, Tree]
     pending: dict[int, Tree]
 
 
@@ -403,7 +404,7 @@ class Loop:
             self.version, self.time, self.next_job, self.order, self.started, self.ready, self.begun, self.chain,
             self.server, self.schedule, dict(sorted(self.numbers.items())), dict(sorted(self.admitted.items())),
             self.totals, tuple(self.arrived.values()), tuple(self.flights.values()), tuple(self.timers),
-            dict(self.executor.states()), dict(self.executor.pending()),
+            self.executor.states(), dict(self.executor.pending()),
         )  # fmt: skip
 
     def _restore(self, s: Snapshot) -> None:
@@ -433,8 +434,7 @@ class Loop:
             if chosen is not None:
                 return sorted(int(c) for c in chosen)
             rng = philox(self.place.seed, "cohort", self.version, self.started)
-            idle = self.clients if not busy else self.clients[[int(c) not in busy for c in self.clients]]
-            return draw_cohort(rng, idle, size)
+            return draw_cohort(rng, self.clients, size, busy)
 
         return view._replace(draw=draw)
 
