@@ -14,6 +14,7 @@ from consilience.core import tree as tr
 from consilience.core.encode import encoded_size
 from consilience.core.events import cohort_size
 from consilience.core.messages import ClientInfo, Job
+from consilience.core.units import parse_bytes
 from consilience.core.worker import Call, Worker, test_ranges
 from consilience.execute.processes import cores
 from consilience.simulate import single_thread
@@ -62,7 +63,8 @@ def _row(spec: experiment.RunSpec, worker: Worker) -> dict[str, Any]:
     high *= (BESIDE if workers > 1 else 1.0) * _load(workers)
     down = 0 if message is None else encoded_size(message)
     up = 0 if work.update is None else encoded_size(work.update)
-    held = tr.nbytes(server) * (2 + workers) + cohort * up + federation.n_seen * tr.nbytes(state)
+    states = min(federation.n_seen, config.rounds * cohort) * tr.nbytes(state)
+    held = tr.nbytes(server) * (2 + workers) + cohort * up + min(states, parse_bytes(config.client_state_memory))
     return {
         "method": spec.label,
         "rounds": config.rounds,

@@ -39,6 +39,14 @@ class Where(NamedTuple):
     hash: bytes
 
 
+class _Sealed(NamedTuple):
+    """A finished file: its bytes, the hash of its list, and how many of the bytes are states."""
+
+    size: int
+    sha: str
+    data: int
+
+
 @dataclass(frozen=True, eq=False)
 class Stored:
     """A state on file as it was when it was asked for, read when it is needed. It stays there until the next
@@ -61,7 +69,7 @@ class Line:
         self.at: dict[int, Where] = {}
         self.missing: set[int] = set()
         self._folder, self.name = folder, name
-        self._sealed: dict[str, tuple[int, str]] = {}  # size and hash of each file that a checkpoint may name
+        self._sealed: dict[str, _Sealed] = {}  # what a checkpoint may name
         self._live: dict[str, int] = {}  # bytes of each file that are somebody's newest state
         self._open, self._end = "", 0
         self._written: list[tuple[int, Where]] = []
@@ -105,11 +113,11 @@ class Line:
     def seal(self) -> list[list[Any]]:
         """Finish the open file, so that a checkpoint may name it; the names, sizes and hashes of all files. What is
         left of files that are mostly out of date moves to it."""
-        sparse = {file for file, (size, _) in self._sealed.items() if 2 * self._live[file] < size}
+        sparse = {name for name, file in self._sealed.items() if 2 * self._live[name] < file.data}
         for client in [client for client, where in self.at.items() if where.file in sparse] if sparse else ():
             self.write(client, [self.raw(self.at[client])])
-        for file in sparse:
-            del self._sealed[file], self._live[file]
+        for name in sparse:
+            del self._sealed[name], self._live[name]
         if self._open:
             footer = encode(_listing(self._written))
             data = footer + len(footer).to_bytes(8, "little")
@@ -117,16 +125,19 @@ class Line:
                 stream.write(data)
                 stream.flush()
                 os.fsync(stream.fileno())
-            self._sealed[self._open] = self._end + len(data), hashlib.sha256(footer).hexdigest()
+            sha = hashlib.sha256(footer).hexdigest()
+            self._sealed[self._open] = _Sealed(self._end + len(data), sha, self._end)
             self._open, self._written = "", []
         reach("states-sealed")
-        return [[file, size, sha] for file, (size, sha) in self._sealed.items()]
+        return [[name, file.size, file.sha] for name, file in self._sealed.items()]
 
     def load(self, files: Iterable[list[Any]]) -> None:
         """Take over the files of a checkpoint, all checked. Raises CheckpointError or OSError."""
         for name, size, sha in files:
-            self._sealed[name], self._live[name] = (size, sha), 0
-            for client, where in _read_file(self._folder() / name, size, sha):
+            found = _read_file(self._folder() / name, size, sha)
+            self._sealed[name] = _Sealed(size, sha, sum(where.size for _, where in found))
+            self._live[name] = 0
+            for client, where in found:
                 self._forget(client)
                 self._place(client, where)
 
