@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -54,7 +54,8 @@ class Flight(NamedTuple):
 
 @record
 class Snapshot(NamedTuple):
-    """Everything that a run needs to go on, bit for bit. Nothing is in computation when it is taken."""
+    """Everything that a run needs to go on, bit for bit. Nothing is in computation when it is taken. states: see
+    ``Executor.states``: those on file are read when asked for, and are the run's newest."""
 
     version: int
     time: float
@@ -75,7 +76,7 @@ class Snapshot(NamedTuple):
     rings: int
     news: tuple[Event, ...]
     watch: bool
-    states: dict[int, Tree]
+    states: Mapping[int, Tree]
     pending: dict[int, Tree]
 
 
@@ -535,7 +536,7 @@ class Loop:
             self.server, self.schedule, dict(sorted(self.numbers.items())), dict(sorted(self.admitted.items())),
             self.totals, tuple(self.arrived.values()), tuple(self.flights.values()), tuple(self.timers),
             self.rings, tuple(self.news), self.watch,
-            dict(self.executor.states()), dict(self.executor.pending()),
+            self.executor.states(), dict(self.executor.pending()),
         )  # fmt: skip
 
     def _restore(self, s: Snapshot) -> None:
@@ -562,6 +563,10 @@ class Loop:
     def _idle(self, busy: frozenset[int]) -> np.ndarray:
         return self.clients if not busy else self.clients[~np.isin(self.clients, list(busy))]
 
+    def _online(self, clients: np.ndarray) -> np.ndarray:
+        here = self.setup.clock.online(clients, self.time, self.version)
+        return clients if here.all() else clients[here]
+
     def _view(self) -> View:
         busy = self._busy()
         running = {o.job.id: o.job for o in self._open} | {f.job.id: f.job for f in self.flights.values()}
@@ -572,19 +577,16 @@ class Loop:
         drawn: list[int] = []
 
         def draw(size: int, among: Sequence[int] | None = None) -> list[int]:
-            idle = self._idle(busy)
-            here = self.setup.clock.online(idle, self.time, self.version)
-            idle = idle if here.all() else idle[here]
-            if among is None:
-                chosen = self.method.select(self.server, view)
-                if chosen is not None:
-                    free = {int(c) for c in idle}
-                    return sorted(int(c) for c in chosen if int(c) in free)
-            else:
-                idle = idle[np.isin(idle, list(among))]
+            chosen = self.method.select(self.server, view) if among is None else None
+            if chosen is not None:
+                wanted = np.array(sorted(int(c) for c in chosen if int(c) not in busy), dtype=np.int64)
+                return [int(c) for c in self._online(wanted)]
             rng = philox(self.place.seed, "cohort", self.version, self.started, *drawn)
             drawn.append(size)  # another draw of the same decision is another stream
-            return draw_cohort(rng, idle, size)
+            if among is None and not self._timed:
+                return draw_cohort(rng, self.clients, size, busy)  # costs what is drawn, not what there is
+            idle = self._online(self._idle(busy))
+            return draw_cohort(rng, idle if among is None else idle[np.isin(idle, list(among))], size)
 
         return view._replace(draw=draw)
 

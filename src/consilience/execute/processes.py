@@ -26,7 +26,7 @@ import torch
 
 from consilience.core.encode import Encoder, decode
 from consilience.core.errors import ClientError, WorkerError
-from consilience.core.executor import Executor
+from consilience.core.executor import Executor, ready
 from consilience.core.messages import Job, Work
 from consilience.core.reduce import BLOCK
 from consilience.core.tree import Tree, clone
@@ -229,7 +229,7 @@ class Processes(Executor):
                 return
             _, ticket = heapq.heappop(self._queue)
             out = self._out[ticket]
-            at, inline = _pack(out.call.args, self._segments)
+            at, inline = _pack(ready(out.call).args, self._segments)
             out.segment = at[0]
             shared_id, shared_at = self._share(out.call.shared)
             free, child.free[:] = list(child.free), []
