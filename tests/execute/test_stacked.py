@@ -76,7 +76,7 @@ def alone(method: Method, model: Architecture, client: int) -> Any:
 @pytest.mark.parametrize("name", methods.NAMES)
 def test_every_method_is_as_serial_in_float64(name: str) -> None:
     """Over 100 local steps and more: five clients of different sizes, so that they drop out one after another."""
-    method = methods.get(name)(**{**USUAL, "local_epochs": 12})
+    method = methods.get(name)(**{**USUAL, "local_epochs": 20})
     rounds = [result(method, executor, WIDE64, 3, participation=4) for executor in ("serial", "stacked")]
     assert distance(*rounds) < 1e-12
     assert rounds[0].history[-1]["steps"] == rounds[1].history[-1]["steps"] > 100
