@@ -168,6 +168,8 @@ class Processes(Executor):
         self._out: dict[int, _Out] = {}
         self._queue: list[tuple[float, int]] = []
         self._done: dict[int, Tree] = {}
+        self._failed: dict[int, ClientError] = {}
+        """Raised when the call is asked for, so that of several the same one is seen whoever comes first."""
         self._shared: dict[int, _Shared] = {}
         self._next, self._made, self._written = 0, 0, 0
         self.pays_from = EACH * BLOCK * workers
@@ -185,9 +187,12 @@ class Processes(Executor):
 
     def finish(self, tickets: Sequence[int]) -> list[Tree]:
         """Wait for these calls; others go on."""
-        while any(ticket not in self._done for ticket in tickets):
-            self._hand_out()
-            self._wait()
+        for ticket in tickets:
+            while ticket not in self._done and ticket not in self._failed:
+                self._hand_out()
+                self._wait()
+            if ticket in self._failed:
+                raise self._failed[ticket]
         self._hand_out()
         return [self._done.pop(ticket) for ticket in tickets]
 
@@ -277,7 +282,8 @@ class Processes(Executor):
             out = self._out.pop(ticket)
             self._release(out)
             if kind == "client":
-                raise ClientError(*what)
+                self._failed[ticket] = ClientError(*what)
+                continue
             if kind == "failed":
                 raise WorkerError(f"a worker failed in '{out.call.name}': {what[0]}\n{what[1]}")
             data = self._mapped.watched(what[0], what[1], child.free) if what[0] else body
