@@ -19,14 +19,15 @@ from consilience.core.events import Instant
 from consilience.core.executor import Executor
 from consilience.core.federation import ClientData, Federation, Split, Task
 from consilience.core.fit import Batch, Plan
-from consilience.core.messages import Job, ModelUpdate, Reply
+from consilience.core.messages import Job, ModelUpdate, Refusal, Reply
 from consilience.core.method import Method, Phase
 from consilience.core.model import Architecture, Weights
 from consilience.core.predict import Net
 from consilience.core.reduce import weighted_sum
-from consilience.core.run import Refusal, Setup, Snapshot
 from consilience.core.run import run as run_loop
+from consilience.core.setup import Setup
 from consilience.core.site import Site
+from consilience.core.snapshot import Snapshot
 from consilience.core.training import option
 from consilience.core.tree import Tree
 from consilience.core.worker import Worker

@@ -22,7 +22,7 @@ from consilience.core import tree as tr
 from consilience.core.errors import CheckpointError
 from consilience.core.federation import Federation
 from consilience.core.messages import Refusal
-from consilience.core.run import Snapshot
+from consilience.core.snapshot import Snapshot
 from consilience.core.states import States
 from consilience.core.tree import Tree
 

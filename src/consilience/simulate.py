@@ -20,9 +20,10 @@ from consilience.core.messages import Device, Refusal
 from consilience.core.method import Method
 from consilience.core.model import Architecture, Factory, SplitModel, Weights, check_factory
 from consilience.core.predict import Predictor
-from consilience.core.run import Setup, Snapshot
 from consilience.core.run import run as run_loop
+from consilience.core.setup import Setup
 from consilience.core.site import Place
+from consilience.core.snapshot import Snapshot
 from consilience.core.states import States
 from consilience.core.streams import philox
 from consilience.core.units import parse_bytes

@@ -16,8 +16,8 @@ from consilience.core import tree as tr
 from consilience.core.errors import ConfigError, ConsilienceError
 from consilience.core.events import Instant, Schedule
 from consilience.core.messages import Device, Job, Trip
-from consilience.core.run import Setup
 from consilience.core.run import run as run_loop
+from consilience.core.setup import Setup
 from consilience.execute.serial import Serial
 from consilience.fleet.availability import Trace
 from consilience.fleet.clock import Fleet
