@@ -242,7 +242,7 @@ def prepare(
         chunk=chunk,
         public=federation.public,
         n_clients=federation.n_seen,
-        rows=sum(federation.size(int(client)) for client in federation.seen),
+        rows=sum(federation.size(int(client)) for client in federation.seen) if method.counts_rows else 0,
         topology=weights_of,
         pooled=pooled(federation) if method.needs.pooled_data else None,
     )

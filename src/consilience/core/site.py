@@ -34,7 +34,7 @@ class Place:
     chunk of an evaluation; results may depend on it in their last bits, so it is configuration. public: inputs
     that everybody may see. n_clients: how many may train. topology: mixing weights by node and neighbour.
     pooled: everybody's training rows, only for the centralised reference. rows: how many training rows those who may
-    train have together.
+    train have together, for methods that count them.
     """
 
     task: Task
@@ -178,8 +178,8 @@ class Site:
 class Host(Site):
     """The server as its own code sees it: a site without private data, with every architecture.
 
-    ``clients``: how many may train. ``rows``: training rows that they have together. ``version``: server updates
-    made so far.
+    ``clients``: how many may train. ``rows``: training rows that they have together, for methods that
+    count them. ``version``: server updates made so far.
     """
 
     def __init__(self, place: Place, pool: Pool, version: int, phase: str) -> None:

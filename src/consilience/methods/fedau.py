@@ -57,6 +57,7 @@ class FedAU(Method):
     family = "participation"
     source = "Wang and Ji, ICLR"
     year = 2024
+    counts_rows = True
 
     server_lr: Annotated[float, Gt(0)] = option(1.0, "server step size eta_g")
     cutoff: Annotated[int, Ge(1)] | None = option(50, "longest interval that is recorded, K; none for no limit")

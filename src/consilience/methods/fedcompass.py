@@ -39,6 +39,7 @@ class FedCompass(Method):
     source = "Li et al., ICLR"
     year = 2024
     schedule = "compass"
+    counts_rows = True
 
     least: Annotated[int, Ge(1)] = option(20, "fewest local steps, Q_min")
     most: Annotated[int, Ge(1)] = option(100, "most local steps, Q_max")

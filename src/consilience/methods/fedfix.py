@@ -39,6 +39,7 @@ class FedFix(Method):
     source = "Fraboni et al., JMLR"
     year = 2023
     schedule = "interval"
+    counts_rows = True
 
     interval: str = option("50%", "seconds, or P% of the time of the slowest client's usual job")
     server_lr: Annotated[float, Gt(0)] = option(1.0, "server step size eta_g")
