@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from consilience.core.errors import ConfigError, nearest
 from consilience.core.training import Training
+from consilience.core.units import parse_bytes
 
 
 def _number(value: Any) -> Any:
@@ -31,6 +32,14 @@ def _listed(value: Any) -> Any:
     if isinstance(value, str):
         return [part.strip() for part in value.split(",") if part.strip()]
     return value
+
+
+def _memory(value: Any) -> str:
+    try:
+        parse_bytes(value)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+    return str(value)
 
 
 Share = Annotated[int | float, BeforeValidator(_number)]
@@ -58,13 +67,24 @@ class Config(BaseModel):
     eval_every: int = Field(1, ge=1, description="rounds between judgements of the global model")
     eval_clients_every: int = Field(10, ge=0, description="rounds between judgements of clients; 0: only the end")
     eval_clients: int | None = Field(None, ge=1, description="clients judged (all)")
-    schedule: Literal["rounds"] | None = Field(None, description="when the server combines (the method's)")
+    fleet: str = Field("uniform", description="devices: a profile, a csv file, or package.module:function")
+    fleet_correlation: str = Field("0", description="RHO: fast devices have many rows; labels:RHO: certain labels")
+    availability: str = Field("always", description="when clients can be reached: a rule or a trace file")
+    drops: float = Field(0.0, ge=0, lt=1, description="chance that a job is lost on its way")
+    schedule: str | None = Field(None, description="when the server combines (the method's)")
+    concurrency: int | None = Field(None, ge=1, description="jobs in flight of an asynchronous schedule (the cohort)")
+    over_selection: float = Field(1.0, ge=1, description="times the cohort that a deadline's rounds ask")
+    late: Literal["discard", "partial"] = Field("discard", description="at a deadline: drop late work, or cut it short")
     topology: str = Field("complete", description="who exchanges with whom, for methods without a server")
+    mixing: Literal["metropolis", "uniform"] = Field("metropolis", description="weights of neighbours")
     init: str | None = Field(None, description="a safetensors file to start from")
     seed: int = Field(0, ge=0, description="of everything random")
     seeds: int = Field(1, ge=1, description="repetitions, with seeds seed, seed + 1, ...")
-    executor: Literal["auto", "serial", "processes"] = Field("auto", description="where clients run")
+    executor: Literal["auto", "serial", "processes", "stacked"] = Field("auto", description="where clients run")
     workers: int | None = Field(None, ge=1, description="worker processes (cores)")
+    client_state_memory: Annotated[str, BeforeValidator(_memory)] = Field(
+        "1GB", description="clients' states to keep in memory; others go to files in the run's folder"
+    )
     checkpoint_every: int = Field(10, ge=0, description="rounds between checkpoints; 0: only at the end")
     out: str | None = Field(None, description="folder to write (runs/...)")
 
