@@ -111,7 +111,22 @@ def settle(given: Mapping[str, Any], file: str | Path | None = None) -> Settings
         raise ConfigError(_explain(error)) from None
     if isinstance(config.participation, float) and config.participation > 1:
         raise ConfigError(f"--participation {config.participation}: a fraction is at most 1.0; a count has no point")
-    return Settings(config, training, tuple(_spec(name) for name in names), reference)
+    return Settings(_rooted(config), training, tuple(_spec(name) for name in names), reference)
+
+
+def _rooted(config: Config) -> Config:
+    """The configuration with absolute paths, so that what a run wrote down holds in any folder."""
+    from consilience.data.spec import NAMES, is_file
+
+    found = {"init": config.init and str(Path(config.init).absolute())}
+    name, _, rest = config.data.partition(":")
+    if name not in NAMES and Path(config.data).exists():
+        found["data"] = str(Path(config.data).absolute())
+    elif name == "fashion-mnist" and rest:
+        found["data"] = f"{name}:{Path(rest).absolute()}"
+    if is_file(config.partition):
+        found["partition"] = str(Path(config.partition).absolute())
+    return config.model_copy(update=found)
 
 
 def _explain(error: ValidationError) -> str:

@@ -66,9 +66,8 @@ def specs(settings: Settings, names: Sequence[str]) -> list[RunSpec]:
     found = []
     for text in names:
         name, own = parse_method(text)
-        method = methods.get(name)
         options = {**settings.training, **own}
-        made = method.make(options)
+        made = methods.make(name, options)
         options = {key: getattr(made, key) for key in options}
         for k in range(settings.config.seeds):
             config = settings.config.model_copy(update={"seed": settings.config.seed + k, "seeds": 1})
@@ -115,7 +114,7 @@ def check(spec: RunSpec, federation: Any) -> Any:
     from consilience import methods
     from consilience.simulate import prepare
 
-    return prepare(methods.get(spec.method).make(dict(spec.options)), federation, **_arguments(spec, federation))
+    return prepare(methods.make(spec.method, spec.options), federation, **_arguments(spec, federation))
 
 
 def execute(
@@ -125,16 +124,17 @@ def execute(
     command: str = "",
     resume: bool = False,
     executor: str | None = None,
+    federation: Any = None,
     on_line: Callable[[dict[str, Any]], None] | None = None,
 ) -> Any:
-    """Do one run and return its Result."""
+    """Do one run and return its Result. federation: the configuration's, if it has been made already."""
     from consilience import methods
     from consilience.simulate import run
 
     config = spec.config
-    federation = make_federation(config)
+    federation = federation or make_federation(config)
     return run(
-        methods.get(spec.method).make(dict(spec.options)),
+        methods.make(spec.method, spec.options),
         federation,
         **_arguments(spec, federation),
         rounds=config.rounds,
@@ -347,6 +347,10 @@ def _report(folder: Path) -> Path:
 
 def read_spec(folder: Path) -> tuple[RunSpec, str]:
     """The run that a folder holds, and the command that began it. Raises ConfigError."""
+    if (folder / "compare.yaml").exists():
+        inside = sorted(path.parent.name for path in folder.glob("*/config.yaml"))
+        runs = f"name one of its runs: {', '.join(inside)}" if inside else "none of its runs has begun"
+        raise ConfigError(f"{folder} is a comparison; {runs}")
     if not (folder / "config.yaml").exists():
         raise ConfigError(f"{folder}: no run there (no config.yaml)")
     record = read_yaml(folder / "config.yaml")
@@ -358,9 +362,11 @@ def read_spec(folder: Path) -> tuple[RunSpec, str]:
         raise ConfigError(f"{folder / 'config.yaml'}: {error} is missing; this is not the file of a run") from None
 
 
-def run_one(spec: RunSpec, folder: Path, *, command: str, on_line: Callable[[dict[str, Any]], None]) -> Any:
-    """Do one run and write its report."""
-    result = execute(spec, folder, command=command, on_line=on_line)
+def run_one(
+    spec: RunSpec, folder: Path, federation: Any, *, command: str, on_line: Callable[[dict[str, Any]], None]
+) -> Any:
+    """Do one run on the federation of its configuration and write its report."""
+    result = execute(spec, folder, command=command, federation=federation, on_line=on_line)
     _report(folder)
     return result
 

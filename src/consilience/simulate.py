@@ -24,6 +24,7 @@ from consilience.core.run import run as run_loop
 from consilience.core.site import Place
 from consilience.core.streams import philox
 from consilience.core.worker import Worker, pooled
+from consilience.execute.memory import keep_freed_memory
 from consilience.execute.processes import Processes, cores
 from consilience.execute.serial import Serial
 from consilience.folder import RunFolder, digest_text
@@ -145,6 +146,7 @@ def run(
         checkpoint_every=checkpoint_every if recorder is not None else 0,
         elapsed=spent,
     )
+    keep_freed_memory()
     with single_thread():
         place = make_executor(executor, worker, workers)
         try:

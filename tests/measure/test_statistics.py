@@ -190,3 +190,13 @@ def test_a_run_that_diverged_has_no_score_and_comes_last() -> None:
     runs = [Run("a", 0, [line(**{"global": {"loss": math.nan}})]), Run("b", 0, [line(**{"global": {"loss": 0.2}})])]
     rows = leaderboard(runs)
     assert [(r["method"], r["loss"], r["seeds"]) for r in rows] == [("b", 0.2, 1), ("a", None, 0)]
+
+
+def test_an_interval_of_shares_ends_where_shares_do() -> None:
+    values = [0.99, 0.9, 1.0]
+    low, high = t_interval(values)
+    assert high > 1
+    assert mean_interval(values) == (low, high)
+    assert mean_interval(values, share=True) == (low, 1.0)
+    assert mean_interval([0.0, 0.1], share=True) == (0.0, t_interval([0.0, 0.1])[1])
+    assert mean_interval([0.4, 0.5], share=True)[0] == 0.0  # type: ignore[index]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -34,15 +35,17 @@ Loss = Callable[[Models, Batch], Tensor]
 """``loss(model, batch)`` -> scalar."""
 Grad = Callable[..., Params]
 """``grad(params=None, batch=None)`` -> gradient by name, at the current or other parameters; the dropout key
-of the step is the same at every call, and buffers move at the first call only."""
+of the step is the same at every call, and buffers move at the first call only. Clipped if the method clips; plain
+SGD's weight decay is added after that."""
 Step = Callable[[Params, Grad, Batch, Tree], tuple[Params, Tree]]
 """``step(params, grad, batch, carry)`` -> (direction, carry). The direction points uphill, as a gradient does."""
 
 
 @dataclass
 class Fit:
-    """What training did. weights: trained, shaped as given. carry: as the last step left it. grad_sum: sum of
-    the raw gradients over the steps (if asked for). lr_sum: sum of the step sizes. loss: mean over the steps."""
+    """What training did. weights: trained, shaped as given. carry: as the last step left it. grad_sum: sum of the
+    raw gradients of the loss over the steps (if asked for): before clipping and without weight decay. lr_sum: sum
+    of the step sizes. loss: mean over the steps."""
 
     weights: Any
     carry: Tree
@@ -88,9 +91,33 @@ def n_steps(n: int, batch_size: int, epochs: int, steps: int | None) -> int:
 def shuffled(rng: np.random.Generator, n: int, batch_size: int) -> Iterator[Tensor]:
     """Row numbers of batches, epoch after epoch without end; the last batch of an epoch may be smaller."""
     while True:
-        order = torch.from_numpy(rng.permutation(n))
-        for start in range(0, n, batch_size):
-            yield order[start : start + batch_size]
+        yield from torch.split(torch.from_numpy(rng.permutation(n)), batch_size)
+
+
+PICKED = 1 << 20
+"""Bytes of rows that are picked at a time: one large pick costs less than one for each batch."""
+
+
+def picked(data: Split, batches: Iterator[Tensor], total: int | None, batch_size: int) -> Iterator[Batch]:
+    """At most ``total`` batches, several picked at a time, where each of them begins at a multiple of 64 bytes, as
+    if it were picked alone: the last bits of a matrix product may depend on that."""
+    size = data.x[0].numel() * data.x.element_size() * batch_size
+    ahead = max(1, PICKED // size) if size and size % 64 == 0 else 1
+    limited = itertools.islice(batches, total)
+    several: list[Tensor] = []
+    for index in limited:
+        several.append(index)
+        if len(several) >= ahead or len(index) < batch_size:
+            yield from _pick(data, several)
+            several = []
+    if several:
+        yield from _pick(data, several)
+
+
+def _pick(data: Split, several: list[Tensor]) -> Iterator[Batch]:
+    rows, sizes = torch.cat(several), [len(index) for index in several]
+    parts = (data.x.index_select(0, rows), data.y.index_select(0, rows), rows)
+    return map(Batch, *(torch.split(part, sizes) for part in parts))
 
 
 @dataclass
@@ -160,6 +187,10 @@ class _Gradient:
         torch.default_generator.manual_seed(self.seed)
         try:
             gradients = self._backward(batch)
+            if self.sums is not None and not self.calls:
+                torch._foreach_add_(self.sums, gradients)
+            if self.clip is not None:
+                torch._foreach_mul_(gradients, (self.clip / (nn.utils.get_total_norm(gradients) + 1e-6)).clamp(max=1.0))
             if self.decay:
                 torch._foreach_add_(gradients, [p.data for p in models.leaves], alpha=self.decay)
         finally:
@@ -167,10 +198,6 @@ class _Gradient:
                 models.point(self.live)
             for buffer, old in zip(models.buffers(), kept, strict=False):
                 buffer.copy_(old)
-        if self.clip is not None:
-            torch._foreach_mul_(gradients, (self.clip / (nn.utils.get_total_norm(gradients) + 1e-6)).clamp(max=1.0))
-        if self.sums is not None and not self.calls:
-            torch._foreach_add_(self.sums, gradients)
         self.calls += 1
         self.rows += len(batch.x)
         return dict(zip(models.names, gradients, strict=True))
@@ -191,13 +218,11 @@ def _apart(gradients: list[Tensor]) -> list[Tensor]:
     """The gradients, each in memory of its own, since they are changed in place: autograd may give two parameters
     the same tensor, or an expanded view."""
     seen: set[int] = set()
-    own: list[Tensor] = []
-    for g in gradients:
-        if g.untyped_storage().data_ptr() in seen or 0 in g.stride():
-            g = g.clone(memory_format=torch.contiguous_format)
-        seen.add(g.untyped_storage().data_ptr())
-        own.append(g)
-    return own
+    for i, g in enumerate(gradients):
+        if g.data_ptr() in seen or 0 in g.stride():
+            gradients[i] = g = g.clone(memory_format=torch.contiguous_format)
+        seen.add(g.data_ptr())
+    return gradients
 
 
 def training(site: Site, weights: Any, plan: Plan) -> Generator[float, None, Fit]:
@@ -219,14 +244,15 @@ def training(site: Site, weights: Any, plan: Plan) -> Generator[float, None, Fit
     optimizer = optim.make(name, models.leaves, rates(0), method.momentum, decay)
     batch_size = plan.batch_size or method.batch_size
     total = _length(site, plan, len(data), batch_size)
-    batches = plan.batches if plan.batches is not None else shuffled(site.rng(plan.purpose), len(data), batch_size)
+    batches: Iterator[Batch]
+    if plan.batches is not None:  # they may depend on what training has found so far, so none is taken ahead
+        batches = (next(_pick(data, [index])) for index in itertools.islice(plan.batches, total))
+    else:
+        batches = picked(data, shuffled(site.rng(plan.purpose), len(data), batch_size), total, batch_size)
     key = site.streams.torch_seed("dropout", plan.purpose)
     step = plan.step or _plain
     result = Fit(None, plan.carry, {}, 0.0, 0, 0, 0.0)
-    for number, index in enumerate(batches):
-        if number == total:
-            break
-        batch = _take(data, index)
+    for number, batch in enumerate(batches):
         grad.begin(batch, (key + number) % 2**63)
         direction, result.carry = step(grad.live, grad, batch, result.carry)
         lr = rates(number)
@@ -271,7 +297,3 @@ def _length(site: Site, plan: Plan, n: int, batch_size: int) -> int | None:
     if steps is None and plan.epochs is None:
         steps = site.method.local_steps
     return n_steps(n, batch_size, plan.epochs or site.method.local_epochs, steps)
-
-
-def _take(data: Split, index: Tensor) -> Batch:
-    return Batch(data.x.index_select(0, index), data.y.index_select(0, index), index)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from consilience.core import tree as tr
 from consilience.core.errors import ConfigError
@@ -109,6 +110,10 @@ class Instance:
         """Buffers that belong to no state, with what they held when new: no borrower sees the last one's."""
         self.home = {name: p.data for name, p in self.parameters.items()}
         """The module's own storage."""
+        for part in self.module.modules():
+            if isinstance(part, _BatchNorm) and part.track_running_stats:
+                part.register_forward_pre_hook(_lone)
+                part.register_forward_hook(_no_longer, always_call=True)
 
     def fill(self, weights: Weights, *, train: bool) -> nn.Module:
         """Copy ``weights`` in and set the mode; parameters want gradients only in training mode."""
@@ -132,6 +137,19 @@ class Instance:
     def weights(self) -> Weights:
         """A copy of the weights held now."""
         return Weights(tr.clone(self.home), tr.clone(self.buffers))
+
+
+def _lone(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Before a BatchNorm in training. One value in each channel has no variance, so such a batch (the one row that an
+    epoch's end may leave) is normalised by the running statistics, and leaves them as they are."""
+    if norm.training and inputs and inputs[0].numel() == inputs[0].shape[1]:
+        norm.training, norm.lone = False, True  # type: ignore[assignment]
+
+
+def _no_longer(norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    """After it: back to training."""
+    if norm.__dict__.pop("lone", False):
+        norm.training = True
 
 
 def _copy(target: Params, source: Params, name: str) -> None:

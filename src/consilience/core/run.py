@@ -295,10 +295,10 @@ class Loop:
             (r._replace(staleness=self.version - r.job.version) for r in group), key=lambda r: r.job.client
         )
         chains = self._round_chains()
-        self._combine(chains[self.chain], replies)
-        if self.chain + 1 < len(chains):
+        good = self._combine(chains[self.chain], replies)
+        if good and self.chain + 1 < len(chains):  # with nobody left, the round ends here
             self.chain += 1
-            starts = [Start(r.job.client, r.job.steps, r.job.slot) for r in replies]
+            starts = [Start(r.job.client, r.job.steps, r.job.slot) for r in good]
             self._start(chains[self.chain], starts, again=True)
             return
         self.version += 1
@@ -308,8 +308,8 @@ class Loop:
             self._barriers("end")
         self._round_done(replies)
 
-    def _combine(self, chain: tuple[int, ...], replies: Sequence[Reply]) -> None:
-        """Stages, then aggregation, then commit or roll back."""
+    def _combine(self, chain: tuple[int, ...], replies: Sequence[Reply]) -> list[Reply]:
+        """Stages, then aggregation, then commit or roll back. Returns the replies that were combined."""
         phase, good = self.program[chain[-1]], list(replies)
         reach("aggregate")
         if phase.over != "neighbours":
@@ -333,6 +333,7 @@ class Loop:
         self.executor.settle(
             [reply.job for reply in good], [reply.job for reply in replies if reply.job.id not in kept_ids]
         )
+        return good
 
     def _exchange(self, jobs: Sequence[Job]) -> None:
         """A phase among neighbours: everybody sends, then everybody mixes what has come."""

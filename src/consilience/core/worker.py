@@ -71,12 +71,18 @@ class Worker:
         return self.place.method
 
     def run(self, call: Call) -> Tree:
-        """The result of a call. Raises ClientError with the client's own traceback."""
+        """The result of a call. Raises ClientError with the client's own traceback, or where something that was
+        given has been changed in place: here others would see the change, in another process they would not."""
         function = getattr(self, f"do_{call.name}")
+        given = tr.tensors((call.shared, call.args))
+        before = _versions(given)
         try:
-            return function(call.shared, *call.args)
+            result: Tree = function(call.shared, *call.args)
         finally:
             self.release()
+        if before != _versions(given):
+            raise ClientError(_changed(call))
+        return result
 
     def release(self) -> None:
         """Take back every module that was lent."""
@@ -86,10 +92,13 @@ class Worker:
         """A client's work in one phase: (what it did, its new state)."""
         site, phase = self.site(job)
         reach("client-before")
-        with _blame(site, phase, "client_update"):
+        with _blame(site, phase, "init_client") as at:
             message, own = self._open(site, message, state)
+            at.stage = "personal_model"
             before = self._judge(site, message, own) if job.judge else None
+            at.stage = "client_update"
             update, own = self.method.client_update(phase, site, message, own)
+            at.stage = "trained_model"
             after = site.evaluate(self.method.trained_model(site, message, update, own)) if job.judge else None
             samples, steps = site.computed
             update, kept = self._close(update, own)
@@ -114,12 +123,15 @@ class Worker:
         """A client's deployed model on its own test rows, and again after a round of local training that leaves
         no trace (if ``train``)."""
         site, phase = self.site(job)
-        with _blame(site, phase, "personal_model"):
+        with _blame(site, phase, "init_client") as at:
             message, own = self._open(site, message, state)
+            at.stage = "personal_model"
             before = self._judge(site, message, own)
             after = None
-            if train and len(site.train):
+            if train and before.n and len(site.train):  # without test rows there is nothing to learn from it
+                at.stage = "client_update"
                 update, own = self.method.client_update(phase, site, message, own)
+                at.stage = "trained_model"
                 after = site.evaluate(self.method.trained_model(site, message, update, own))
         return before, after
 
@@ -196,15 +208,28 @@ class _blame:
     """Turns an exception of a client's code into one ClientError that names client, round and stage."""
 
     def __init__(self, site: Site, phase: Phase, stage: str) -> None:
-        self.where = f"client {site.id}, round {site.job.round}, phase {phase.name}, in {stage}"
+        self.where = f"client {site.id}, round {site.job.round}, phase {phase.name}"
+        self.stage = stage
 
-    def __enter__(self) -> None:
-        return None
+    def __enter__(self) -> _blame:
+        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, Exception) and not isinstance(error, ConsilienceError):
             text = "".join(traceback.format_exception(error)).rstrip()
-            raise ClientError(f"{self.where}: {type(error).__name__}: {error}", text) from error
+            raise ClientError(f"{self.where}, in {self.stage}: {type(error).__name__}: {error}", text) from error
+
+
+def _versions(given: Sequence[Tensor]) -> list[int]:
+    """How often each tensor was changed in place, as torch counts it (not for tensors of inference mode)."""
+    return [0 if t.is_inference() else t._version for t in given]
+
+
+def _changed(call: Call) -> str:
+    """What to say where a call has changed its arguments."""
+    job = next((arg for arg in call.args if isinstance(arg, Job)), None)
+    who = "the server" if job is None else f"client {job.client}, round {job.round}"
+    return f"{who}: '{call.name}' changed in place a tensor that it was given; clone it first (core.tree.clone)"
 
 
 def pooled(federation: Federation) -> Split:
