@@ -42,7 +42,9 @@ def rows_of(data: str) -> RawData:
     raw = load(data)
     if data != "fashion-mnist":
         return raw
-    return replace(raw, x=raw.x[:FASHION_ROWS], y=raw.y[:FASHION_ROWS], test_x=raw.test_x[:500], test_y=raw.test_y[:500])
+    return replace(
+        raw, x=raw.x[:FASHION_ROWS], y=raw.y[:FASHION_ROWS], test_x=raw.test_x[:500], test_y=raw.test_y[:500]
+    )
 
 
 def federation(raw: RawData, partition: str, clients: int, seed: int) -> Federation:
@@ -84,7 +86,8 @@ def row(data: str, raw: RawData, partition: str) -> dict[str, Any]:
         "seeds": seeds,
         "training": TRAINING,
         "bits": {
-            name: {key: values[key] for key in ("value", "low", "high", "max")} for name, values in found["bits"].items()
+            name: {key: values[key] for key in ("value", "low", "high", "max")}
+            for name, values in found["bits"].items()
         },
         "accuracy": accuracy,
         "interval": interval,
@@ -121,7 +124,9 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     print("|---|" + "---:|" * (len(kinds) + len(METHODS)))
     for r in rows:
         bits = [f"{r['bits'][k]['value']:.2f} of {r['bits'][k]['max']:.2f}" for k in kinds]
-        print(f"| {r['id']} |", " | ".join(bits), "|", " | ".join(f"{100 * r['accuracy'][m]:.1f}" for m in METHODS), "|")
+        print(
+            f"| {r['id']} |", " | ".join(bits), "|", " | ".join(f"{100 * r['accuracy'][m]:.1f}" for m in METHODS), "|"
+        )
 
 
 if __name__ == "__main__":

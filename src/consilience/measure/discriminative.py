@@ -66,7 +66,7 @@ class View:
     @property
     def labels(self) -> int:
         """Number of labels."""
-        return self.posterior.shape[1]
+        return int(self.posterior.shape[1])
 
     def overlap(self) -> float:
         """H(Y | X) in bits, of the held-out label probabilities: what the classifier cannot tell about labels."""
@@ -117,7 +117,11 @@ def train(z: Floats32, target: Ints, outputs: int, key: tuple[Any, ...]) -> Any:
     order = rng.permutation(len(z))
     valid, rest = order[: max(len(z) // 8, 1)], order[max(len(z) // 8, 1) :]
     net = MLPClassifier(
-        (64,), alpha=1e-3, learning_rate_init=3e-3, batch_size=min(128, len(rest)), random_state=int(rng.integers(2**31))
+        (64,),
+        alpha=1e-3,
+        learning_rate_init=3e-3,
+        batch_size=min(128, len(rest)),
+        random_state=int(rng.integers(2**31)),
     )
     best, kept, waited = np.inf, None, 0
     for _ in range(40):
@@ -249,7 +253,7 @@ def drawn(by_input: Floats32, rng: np.random.Generator) -> Ints:
     """Clients drawn from q(c | x): then I(C; Y | X) = 0, and I(C; X) much as it was."""
     edges = np.cumsum(by_input.astype(np.float64), axis=1)
     u = rng.random((len(by_input), 1)) * edges[:, -1:]
-    return np.minimum((edges < u).sum(axis=1), by_input.shape[1] - 1)
+    return np.asarray(np.minimum((edges < u).sum(axis=1), by_input.shape[1] - 1), dtype=np.int64)
 
 
 def _resampled(bits: Floats, rng: np.random.Generator) -> Floats:
@@ -264,7 +268,8 @@ class Terms(NamedTuple):
 
     bits: by name. half: the values that half of the rows give. real: log-ratios and probabilities. gaps: by how much
     total differs from the sum of its parts, as (gap, half of its 95 % interval), before anything is cut to its range.
-    overlap: H(Y | X) of the classifier.
+    overlap: H(Y | X) of the classifier. explained: the concept shift that label skew alone gives where classes overlap
+    (the reading when clients are permuted within labels).
     """
 
     bits: dict[str, Bits]
@@ -272,11 +277,10 @@ class Terms(NamedTuple):
     real: Ratios
     gaps: dict[str, tuple[float, float]]
     overlap: float
+    explained: float
 
 
-def information(
-    x: Any, y: Ints, c: Ints, table: Floats, label: Bits, most: Mapping[str, float], seed: int
-) -> Terms:
+def information(x: Any, y: Ints, c: Ints, table: Floats, label: Bits, most: Mapping[str, float], seed: int) -> Terms:
     """Total, feature skew, input skew and concept shift of rows of clients, each less what chance gives.
 
     x: ``(n, d)``. y, c: ``(n,)`` codes from 0. table: counts ``(labels, clients)`` of all rows, of which these may be
@@ -300,10 +304,11 @@ def information(
     half = _from_half(x, y, c, null.mean(axis=0), seed)
     return Terms(
         {name: bounded(value[i], low[i], high[i], most[name]) for i, name in enumerate(TERMS)},
-        {name: half[i] for i, name in enumerate(TERMS)},
+        {name: min(half[i], most[name]) for i, name in enumerate(TERMS)},
         real,
         _gaps(value, draws, label),
         view.overlap(),
+        float(min(max(inside[:, 3].mean() - null[:, 3].mean(), 0.0), most["concept_shift"])),
     )
 
 
@@ -323,7 +328,7 @@ def _gaps(value: Floats, draws: Floats, label: Bits) -> dict[str, tuple[float, f
 def _from_half(x: Any, y: Ints, c: Ints, null: Floats, seed: int) -> list[float]:
     """The four terms from a random half of the rows, less the same null."""
     rows = np.sort(philox(seed, "profile", "half").permutation(len(y))[: max(len(y) // 2, 2)])
-    labels, y_half = np.unique(y[rows], return_inverse=True)
+    _, y_half = np.unique(y[rows], return_inverse=True)
     present, c_half = np.unique(c[rows], return_inverse=True)
     if len(present) < 2:
         return [0.0] * len(TERMS)

@@ -25,7 +25,7 @@ def jensen_shannon(p: NDArray[np.generic]) -> Floats:
     found = np.zeros((len(q), len(q)))
     for i in range(len(q)):  # a row at a time: n * n * k numbers at once would be too many
         found[i] = entropy((q[i] + q) / 2) - (own[i] + own) / 2
-    found = np.clip((found + found.T) / 2, 0.0, 1.0)
+    found = np.asarray(np.clip((found + found.T) / 2, 0.0, 1.0), dtype=np.float64)
     np.fill_diagonal(found, 0.0)
     return found
 
@@ -49,7 +49,7 @@ def sliced_wasserstein(
     of the lower and the upper bound of Nguyen and Ho (ICLR 2024), fitted by least squares as Leluc et al. (2024) do,
     so that a shift of the mean is measured exactly.
     """
-    n, d = x.shape
+    d = x.shape[1]
     levels = (np.arange(QUANTILES) + 0.5) / QUANTILES
     if d == 1:
         count = 1
@@ -79,7 +79,7 @@ def sliced_wasserstein(
             axis=2,
         )
         found[g] = _intercepts(squared, controls)
-    found = np.sqrt(np.maximum((found + found.T) / 2, 0.0))
+    found = np.asarray(np.sqrt(np.maximum((found + found.T) / 2, 0.0)), dtype=np.float64)
     np.fill_diagonal(found, 0.0)
     found[np.isnan(average), :] = found[:, np.isnan(average)] = np.nan
     return found

@@ -11,7 +11,7 @@ from typing import Any
 
 NEAR = 3
 """So many rows of the benchmark are looked at."""
-FAR = 0.35
+FAR = 0.2
 """Rows further away than this suggest nothing."""
 PARTS = ("label_skew", "feature_skew", "concept_shift", "quantity_skew")
 

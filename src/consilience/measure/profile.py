@@ -108,8 +108,9 @@ def profile(federation: Federation, seed: int = 0) -> dict[str, Any]:
     ``bits`` holds, each as ``{value, low, high, max}`` in bits with 95 % intervals, ``label_skew`` I(C; Y),
     ``feature_skew`` I(C; X | Y), ``input_skew`` I(C; X), ``concept_shift`` I(C; Y | X), ``total`` I(C; X, Y) and
     ``quantity_skew``, where C is the client of a training row, Y its label and X its input. Where a term is estimated
-    by classifiers, ``half`` is what half of the rows give: if it is much lower, so is the estimate. ``limits`` says in
-    words what the numbers cannot show. Raises DataError for a task without labels or targets.
+    by classifiers, ``half`` is what half of the rows give: if it is much lower, so is the estimate. ``by_label_skew``
+    is the concept shift that label skew alone gives where classes overlap. ``limits`` says in words what the numbers
+    cannot show. Raises DataError for a task without labels or targets.
     """
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
@@ -170,6 +171,8 @@ def _record(value: Bits, terms: discriminative.Terms | None, name: str) -> dict[
     found = {key: round(number, 4) for key, number in value._asdict().items()}
     if terms is not None and name in terms.half:
         found["half"] = round(terms.half[name], 4)
+    if terms is not None and name == "concept_shift":
+        found["by_label_skew"] = round(terms.explained, 4)
     return found
 
 
@@ -280,7 +283,12 @@ def _distances(sample: Sample, seed: int) -> dict[str, Any]:
 def _members(sample: Sample, clusters: tuple[Ints, float], distance: Floats) -> dict[str, Any]:
     codes, score = clusters
     groups = [[int(client) for client in sample.ids[codes == k]] for k in range(int(codes.max()) + 1)]
-    return {"count": len(groups), "silhouette": round(score, 3), "members": groups, "largest": round(float(distance.max()), 4)}
+    return {
+        "count": len(groups),
+        "silhouette": round(score, 3),
+        "members": groups,
+        "largest": round(float(distance.max()), 4),
+    }
 
 
 def _limits(sample: Sample, found: dict[str, Any], terms: discriminative.Terms | None) -> list[str]:
@@ -305,10 +313,10 @@ def _limits(sample: Sample, found: dict[str, Any], terms: discriminative.Terms |
     ]
     if rising:
         said.append(f"Still rising with more rows, so larger than it reads: {' and '.join(rising)}.")
-    overlap = min(terms.overlap, found["bits"]["concept_shift"]["max"])
+    overlap, alone = min(terms.overlap, found["bits"]["concept_shift"]["max"]), terms.explained
+    more = f"; label skew alone gives {alone:.2f} bits of it here, since classes overlap" if alone >= 0.005 else ""
     said.append(
-        f"Inputs leave {overlap:.2f} bits of the label open to the classifier: concept shift cannot exceed that, and up "
-        "to that much of it may be label skew that the inputs do not show."
+        f"Inputs leave {overlap:.2f} bits of the label open to the classifier: concept shift cannot exceed that{more}."
     )
     broken = [row for row in found["identities"] if not row["holds"]]
     said += [
@@ -316,5 +324,5 @@ def _limits(sample: Sample, found: dict[str, Any], terms: discriminative.Terms |
         f"more than their interval of {row['interval']:.2f}: trust them no further than that."
         for row in broken
     ]
-    said.append("Feature and input skew are found by classifiers, which miss a part of it: read them as at least so much.")
+    said.append("Classifiers miss a part of what inputs tell: read feature and input skew as at least so much.")
     return said

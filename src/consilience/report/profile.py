@@ -52,7 +52,9 @@ def _answer(profile: words.Profile) -> RenderableType:
 def _bits(profile: words.Profile) -> Table:
     title = f"Heterogeneity in bits: {profile['name']}, {profile['partition']}"
     right: Any = "right"
-    table = _table(title, [("", "left"), ("", "left"), ("Bits", right), ("95 % CI", right), ("Most", right), ("", "left")])
+    table = _table(
+        title, [("", "left"), ("", "left"), ("Bits", right), ("95 % CI", right), ("Most", right), ("", "left")]
+    )
     for name, (title, formula) in words.NAMES.items():
         row = profile["bits"][name]
         exact = name == "quantity_skew"
@@ -71,13 +73,17 @@ def _between(profile: words.Profile) -> RenderableType:
     from rich.console import Group
     from rich.text import Text
 
-    table = _table("Distances between clients", [("", "left"), *((head, "right") for head in ("Mean", "Largest", "By chance"))])
+    table = _table(
+        "Distances between clients", [("", "left"), *((head, "right") for head in ("Mean", "Largest", "By chance"))]
+    )
     for row in words.distances(profile):
         table.add_row(*row)
     clusters = profile["clusters"]
     groups = "No groups of clients stand out."
     if clusters["count"] > 1:
-        listed = "; ".join(", ".join(map(str, group[:12])) + ("…" if len(group) > 12 else "") for group in clusters["members"])
+        listed = "; ".join(
+            ", ".join(map(str, group[:12])) + ("…" if len(group) > 12 else "") for group in clusters["members"]
+        )
         groups = f"{clusters['count']} groups of clients (silhouette {clusters['silhouette']:.2f}): {listed}"
     return Group(table, Text(f"{groups}\n{words.coverage(profile)}\n"))
 

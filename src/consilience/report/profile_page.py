@@ -20,7 +20,7 @@ Section = tuple[str, str, Callable[[words.Profile, int], str]]
 COLUMNS = 60
 """The heat map shows so many classes, the largest."""
 NAMED = 40
-"""Clients are named on the map up to so many."""
+"""Clients are named on the map up to so many, where the groups do not name them."""
 LETTERS = "ABCDEFGHIJ"
 
 
@@ -71,14 +71,17 @@ def _bits(profile: words.Profile, number: int) -> str:
     body = [
         (
             f"{title} <span class=ci>{escape(formula)}</span>",
-            [Cell(f"{profile['bits'][name][key]:.3f}", profile["bits"][name][key]) for key in ("value", "low", "high", "max")],
+            [
+                Cell(f"{profile['bits'][name][key]:.3f}", profile["bits"][name][key])
+                for key in ("value", "low", "high", "max")
+            ],
         )
         for name, (title, formula) in words.NAMES.items()
     ]
     columns = [Column("Kind", css="l"), Column("Bits"), Column("Low", "95 %"), Column("High", "95 %"), Column("Most")]
     inner = (
-        "<figure><figcaption><b>Heterogeneity in bits</b>Bar: estimate. Whisker: 95&nbsp;% interval. Track: the most it "
-        "could be here. Dotted line: what half of the rows give.</figcaption>"
+        "<figure><figcaption><b>Heterogeneity in bits</b>Bar: estimate. Whisker: 95&nbsp;% interval. Track: the most "
+        "it could be here. Dotted line: what half of the rows give.</figcaption>"
         f'<div class="bits">{rows}</div></figure>'
         + details("These values as a table", table("Bits of every kind.", "Bits of every kind", columns, body))
         + note(
@@ -101,12 +104,15 @@ def _row(profile: words.Profile, name: str) -> str:
         return round(100 * min(value / row["max"], 1.0), 2) if row["max"] > 0 else 0.0
 
     exact = row["low"] == row["high"]
-    whisker = "" if exact else f'<u style="left:{at(row["low"])}%;width:{round(at(row["high"]) - at(row["low"]), 2)}%"></u>'
+    whisker = (
+        "" if exact else f'<u style="left:{at(row["low"])}%;width:{round(at(row["high"]) - at(row["low"]), 2)}%"></u>'
+    )
     half = f'<s style="left:{at(row["half"])}%"></s>' if row.get("half", 0) > 0 else ""
     label = f"{title} {row['value']:.2f} bits, interval {row['low']:.2f} to {row['high']:.2f}, at most {row['max']:.2f}"
     return (
         f'<div><div class="row"><b>{title}<i>{escape(formula)}</i></b><span>{words.of_most(row)}</span></div>'
-        f'<div class="track" role="img" aria-label="{label}"><i style="width:{at(row["value"])}%"></i>{half}{whisker}</div>'
+        f'<div class="track" role="img" aria-label="{label}"><i style="width:{at(row["value"])}%"></i>'
+        f"{half}{whisker}</div>"
         f"<p>{escape(words.meaning(profile, name))}</p></div>"
     )
 
@@ -124,7 +130,9 @@ def _classes(profile: words.Profile, number: int) -> str:
     shown = sorted(sorted(range(len(totals)), key=lambda k: (-totals[k], k))[:COLUMNS])
     each = -(-len(order) // HEAT)
     rows = [order[i : i + each] for i in range(0, len(order), each)]
-    shares = [[sum(counts[i][k] for i in row) / max(1, sum(clients[i]["rows"] for i in row)) for k in shown] for row in rows]
+    shares = [
+        [sum(counts[i][k] for i in row) / max(1, sum(clients[i]["rows"] for i in row)) for k in shown] for row in rows
+    ]
     top = max((share for row in shares for share in row), default=1.0) or 1.0
     ramp = "".join(f'<i style="background:var(--r{i})"></i>' for i in range(7))
     per = "One row per client" if each == 1 else f"Every row is the average of {each} clients"
@@ -134,14 +142,19 @@ def _classes(profile: words.Profile, number: int) -> str:
     inner = (
         f"<figure><figcaption><b>Clients by {kind}</b>{per}, ordered {by}. Shade: share of the client&rsquo;s training "
         f"rows in the class; at the right how many rows.{some}</figcaption>"
-        f'<div class="legend"><span>0{NBSP}% <i class="ramp" aria-hidden="true">{ramp}</i> {100 * top:.0f}{NBSP}%</span></div>'
+        f'<div class="legend"><span>0{NBSP}% <i class="ramp" aria-hidden="true">{ramp}</i> '
+        f"{100 * top:.0f}{NBSP}%</span></div>"
         f"{_heat(profile, rows, shares, shown, top)}</figure>{_clients_table(profile, order)}"
     )
     return section("classes", number, "Who holds what", escape(words.coverage(profile)), inner)
 
 
 def _heat(
-    profile: words.Profile, rows: Sequence[Sequence[int]], shares: Sequence[Sequence[float]], shown: Sequence[int], top: float
+    profile: words.Profile,
+    rows: Sequence[Sequence[int]],
+    shares: Sequence[Sequence[float]],
+    shown: Sequence[int],
+    top: float,
 ) -> str:
     clients, classes = profile["clients"], profile["classes"]
     sizes = [sum(clients[i]["rows"] for i in row) / len(row) for row in rows]
@@ -157,16 +170,26 @@ def _heat(
             cells.append(f'<i style="background:var(--r{shade})" title="{told}"></i>')
         wide = 70 * size / max(sizes)
         cells.append(f'<u style="--w:{wide:.0f}%">{f"{size:,.0f}" if height > 12 else ""}</u>')
-    label = f"Heat map of {plural(len(clients), 'client')} by {plural(len(shown), 'class')}; the table below has its numbers."
-    grid = f"grid-template-columns:auto repeat({len(shown)},minmax(2px,1fr)) minmax(70px,18%);grid-auto-rows:minmax({height}px,auto)"
+    label = f"Heat map of {plural(len(clients), 'client')} by {plural(len(shown), 'class')}; a table is below."
+    grid = f"grid-template-columns:auto repeat({len(shown)},minmax(2px,1fr)) minmax(70px,18%)"
+    grid += f";grid-auto-rows:minmax({height}px,auto)"
     return f'<div class="heat" role="img" aria-label="{label}" style="{grid}">{"".join(cells)}</div>'
 
 
 def _clients_table(profile: words.Profile, order: Sequence[int]) -> str:
     clusters = profile["clusters"]["count"] > 1
     classes = profile["classes"][:COLUMNS]
-    columns = [Column("Client", up=True), *([Column("Group", up=True)] if clusters else []), Column("Rows"), Column("Classes")]
-    columns += [Column("Label entropy", "bits"), Column("Labels to all", "JS, bits"), *(Column(name) for name in classes)]
+    columns = [
+        Column("Client", up=True),
+        *([Column("Group", up=True)] if clusters else []),
+        Column("Rows"),
+        Column("Classes"),
+    ]
+    columns += [
+        Column("Label entropy", "bits"),
+        Column("Labels to all", "JS, bits"),
+        *(Column(name) for name in classes),
+    ]
     rows = []
     for i in order[:ROWS]:
         client = profile["clients"][i]
@@ -197,19 +220,20 @@ def _map(profile: words.Profile, number: int) -> str:
             marks += f'<span style="{at}" title="{told}">{LETTERS[client["cluster"]]}</span>'
         else:
             marks += f'<span class="dot" style="{at}" title="{told}"></span>'
-        if len(clients) <= NAMED:
-            marks += f'<em style="{at};margin-left:{6 if clusters["count"] > 1 else 2}px">{name}</em>'
+            if len(clients) <= NAMED:
+                marks += f'<em style="{at}">{name}</em>'
     letters = ", each with its letter" if clusters["count"] > 1 else ""
     caption = (
-        f"<b>Clients in two dimensions{letters}</b>Near: their rows could be each other&rsquo;s, judged by label and input "
-        "together. The axes have no meaning of their own."
+        f"<b>Clients in two dimensions{letters}</b>Near: their rows could be each other&rsquo;s, judged by label and "
+        "input together. The axes have no meaning of their own."
     )
     label = f"Map of {plural(len(clients), 'client')} in {plural(clusters['count'], 'group')}."
     rows = [(escape(name), [Cell(value) for value in values]) for name, *values in words.distances(profile)]
     columns = [Column("Distance", css="l"), Column("Mean"), Column("Largest"), Column("By chance", "mean")]
     inner = (
-        f'<div class="cols2"><figure><figcaption>{caption}</figcaption><div class="map" role="img" aria-label="{label}">'
-        f"{marks}</div></figure><div>{_groups(profile)}<h3>Distances between clients</h3>"
+        f'<div class="cols2"><figure><figcaption>{caption}</figcaption>'
+        f'<div class="map" role="img" aria-label="{label}">{marks}</div></figure>'
+        f"<div>{_groups(profile)}<h3>Distances between clients</h3>"
         + table("Distances between clients.", "Distances between clients", columns, rows)
         + note("By chance: the mean if all rows were dealt again at random, to the same client sizes.")
         + "</div></div>"
@@ -242,9 +266,17 @@ def _nearest(profile: words.Profile, number: int) -> str:
     rows, advice = profile["nearest"], profile["suggestions"]
     title = "What worked elsewhere"
     if not rows:
-        return section("nearest", number, title, "There is no benchmark to look at.", empty("The benchmark has no rows."))
+        return section(
+            "nearest", number, title, "There is no benchmark to look at.", empty("The benchmark has no rows.")
+        )
     names = [row["method"] for row in advice] or sorted(rows[0]["accuracy"])
-    columns = [Column("Federation", css="l"), Column("Distance", up=True), Column("Clients"), Column("Rounds"), Column("Seeds")]
+    columns = [
+        Column("Federation", css="l"),
+        Column("Distance", up=True),
+        Column("Clients"),
+        Column("Rounds"),
+        Column("Seeds"),
+    ]
     columns += [Column(display(name, name), "%") for name in names]
     body = []
     for row in rows:
@@ -264,7 +296,8 @@ def _nearest(profile: words.Profile, number: int) -> str:
     )
     finding = "None is near enough to suggest a method."
     if advice:
-        finding = f"{display(advice[0]['method'], advice[0]['method'])} did best on the nearest: a reason to try it, no proof."
+        best = display(advice[0]["method"], advice[0]["method"])
+        finding = f"{best} did best on the nearest: a reason to try it, no proof."
     return section("nearest", number, title, finding, inner)
 
 
@@ -282,4 +315,6 @@ def _reproduce(profile: words.Profile, number: int) -> str:
         else empty("The command was not recorded: the profile was made from Python.")
     )
     made = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in (profile.get("versions") or {}).items())
-    return section("reproduce", number, "Reproduce", "The same command gives the same numbers.", inner + note(escape(made)))
+    return section(
+        "reproduce", number, "Reproduce", "The same command gives the same numbers.", inner + note(escape(made))
+    )

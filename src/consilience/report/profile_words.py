@@ -15,7 +15,7 @@ NAMES = {
     "input_skew": ("Input skew", "I(C; X)"),
     "concept_shift": ("Concept shift", "I(C; Y | X)"),
     "total": ("Total", "I(C; X, Y)"),
-    "quantity_skew": ("Quantity skew", "log2 n − H(C)"),
+    "quantity_skew": ("Quantity skew", "log2 n - H(C)"),
 }
 """How each term is called and written; C is the client, Y the label, X the input."""
 LEAST = 0.05
@@ -23,8 +23,9 @@ LEAST = 0.05
 
 
 class Kind(NamedTuple):
-    """A kind of heterogeneity and how much of it there is, in bits."""
+    """A kind of heterogeneity: its name, the term that holds it, and how much of it there is, in bits."""
 
+    name: str
     term: str
     bits: float
 
@@ -32,16 +33,22 @@ class Kind(NamedTuple):
 def kinds(profile: Profile) -> list[Kind]:
     """The kinds of heterogeneity that stand out, largest first.
 
-    Feature skew and concept shift are two views of the same bits. Inputs of a class that differ between clients are
-    feature skew only as far as inputs alone tell the client; the rest is what labels mean. And concept shift counts
-    only as far as the inputs of a class differ: where they do not, label skew explains it, since classes overlap.
+    Feature skew and concept shift are two views of the same bits, and label skew moves concept shift too where classes
+    overlap. The bits of feature skew are called concept shift as far as concept shift is more than what label skew
+    alone gives, and left open where that does not settle it.
     """
     value = {name: row["value"] for name, row in profile["bits"].items()}
+    skew, shift = value["feature_skew"], value["concept_shift"]
+    alone = profile["bits"]["concept_shift"].get("by_label_skew", 0.0)
+    least, most = min(max(shift - alone, 0.0), skew), min(shift, skew)
+    if least < skew / 2 <= most:
+        divided = [Kind("Feature skew or concept shift", "feature_skew", skew)]
+    else:
+        divided = [Kind("Feature skew", "feature_skew", skew - least), Kind("Concept shift", "concept_shift", least)]
     found = [
-        Kind("label_skew", value["label_skew"]),
-        Kind("feature_skew", min(value["feature_skew"], value["input_skew"])),
-        Kind("concept_shift", min(value["concept_shift"], value["feature_skew"])),
-        Kind("quantity_skew", value["quantity_skew"]),
+        Kind("Label skew", "label_skew", value["label_skew"]),
+        *divided,
+        Kind("Quantity skew", "quantity_skew", value["quantity_skew"]),
     ]
     return sorted((kind for kind in found if kind.bits >= LEAST), key=lambda kind: -kind.bits)
 
@@ -60,14 +67,16 @@ def meaning(profile: Profile, term: str) -> str:
         tells = f"knowing the client gives {row['value']:.2f} of the {row['max']:.2f} bits that could tell the class"
         return f"Clients hold different classes: {tells}." if much else "All clients hold the classes in like shares."
     if term == "feature_skew":
-        mirrored = profile["bits"]["input_skew"]["value"] < row["value"] / 2
-        if much and mirrored:
+        shares = {kind.name: kind.bits for kind in kinds(profile)}
+        if "Feature skew or concept shift" in shares:
+            return "Inputs of the same label differ: they look different, or the label means another thing."
+        if much and shares.get("Concept shift", 0.0) > row["value"] / 2:
             return "Inputs of the same label differ between clients, because the label means something else."
         return "The same class looks different from client to client." if much else "A class looks alike everywhere."
     if term == "input_skew":
         return "Inputs alone tell something about the client." if much else "Inputs alone do not tell the client."
     if term == "concept_shift":
-        if much and profile["bits"]["feature_skew"]["value"] < row["value"] / 2:
+        if much and row.get("by_label_skew", 0.0) > row["value"] / 2:
             return "Classes overlap, so that label skew moves labels even where inputs are alike."
         return "The same input is labelled differently by different clients." if much else "Inputs mean the same label."
     if term == "total":
@@ -84,12 +93,11 @@ def first(profile: Profile) -> str:
     if not found:
         most = max(bits[name]["high"] for name in bits)
         return f"<b>No heterogeneity was found</b> between {clients}: every kind reads at most {most:.2f} bits."
-    names = [NAMES[kind.term][0] for kind in found]
-    lead = names[0]
-    amount = of_most({**bits[found[0].term], "value": found[0].bits})
-    rest = [f"{name.lower()} ({kind.bits:.2f} bits)" for name, kind in zip(names[1:], found[1:], strict=True)]
-    more = f", then {listed(rest)}" if rest else ""
-    return f"<b>{lead}</b> sets these {clients} apart most: {amount}{more}."
+    lead = found[0]
+    amount = of_most({**bits[lead.term], "value": lead.bits})
+    rest = [f"{kind.name.lower()} ({kind.bits:.2f} bits)" for kind in found[1:]]
+    more = f"; then {listed(rest)}" if rest else ""
+    return f"<b>{lead.name}</b> sets these {clients} apart most: {amount}{more}."
 
 
 def second(profile: Profile) -> str:
@@ -101,7 +109,8 @@ def second(profile: Profile) -> str:
         groups = f"They fall into {clusters['count']} groups ({listed([str(n) for n in sizes])} clients). "
     if not advice:
         return groups + "No federation of the benchmark is like it."
-    near = plural(len(advice[0]["rows"]), "benchmark federation")
+    count = len(advice[0]["rows"])
+    near = "benchmark federation" if count == 1 else f"{count} benchmark federations"
     behind = f", {100 * advice[0]['behind']:.1f} points behind the best on average" if advice[0]["behind"] > 0 else ""
     return f"{groups}On the nearest {near}, <b>{advice[0]['method']}</b> did best{behind}."
 
@@ -126,7 +135,7 @@ def distances(profile: Profile) -> list[tuple[str, str, str, str]]:
     """Rows of (distance, mean, largest, by chance)."""
     titles = {
         "label_js": "Labels: Jensen-Shannon, bits",
-        "sliced_wasserstein": "Inputs: sliced Wasserstein, in standard deviations",
+        "sliced_wasserstein": "Inputs: sliced Wasserstein, s.d.",
     }
     return [
         (titles[name], f"{row['mean']:.3f}", f"{row['largest']:.3f}", f"{row['by_chance']:.3f}")
