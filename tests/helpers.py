@@ -37,7 +37,6 @@ from consilience.methods.scaffold import Scaffold
 from consilience.models.small import Linear, SplitModel
 from consilience.schedule.rounds import Rounds
 from consilience.simulate import prepare
-from consilience.wire.validate import Validation
 
 SIZES = (7, 12, 20, 6, 10)
 FEATURES, CLASSES = 5, 3
@@ -156,6 +155,7 @@ class Memory:
         self.clients: list[dict[str, Any]] = []
         self.dropped: list[tuple[int, Refusal]] = []
         self.snapshots: dict[int, Snapshot] = {}
+        self.timeline: list[dict[str, Any]] = []
 
     def line(self, record: dict[str, Any], clients: Sequence[dict[str, Any]]) -> None:
         self.lines.append({key: value for key, value in record.items() if key != "wall_s"})
@@ -163,6 +163,9 @@ class Memory:
 
     def refused(self, version: int, refusals: Sequence[Refusal]) -> None:
         self.dropped.extend((version, refusal) for refusal in refusals)
+
+    def jobs(self, records: Sequence[dict[str, Any]]) -> None:
+        self.timeline.extend(records)
 
     def checkpoint(self, snapshot: Snapshot) -> None:
         self.snapshots[snapshot.version] = snapshot
@@ -188,7 +191,7 @@ def loop(
         clock=Instant(),
         measures=Standard(),
         recorder=memory,
-        stages=(Validation(executor.worker.place),),
+        stages=() if executor.worker.check is None else (executor.worker.check,),
         evaluation=evaluation or Evaluation(),
         checkpoint_every=1,
         **more,

@@ -104,17 +104,28 @@ def _arguments(spec: RunSpec, federation: Any) -> dict[str, Any]:
         "model": config.model,
         "models": config.models,
         "topology": config.topology,
+        "mixing": config.mixing,
         "seed": config.seed,
         "init": init,
     }
 
 
+def _timing(config: Config) -> dict[str, Any]:
+    """The arguments of ``run`` that say who is when where."""
+    keys = (
+        "fleet", "fleet_correlation", "availability", "drops", "schedule", "concurrency", "over_selection", "late",
+    )  # fmt: skip
+    return {key: getattr(config, key) for key in keys}
+
+
 def check(spec: RunSpec, federation: Any) -> Any:
     """Refuse what cannot run, before anything is written; returns the worker, for planning."""
     from consilience import methods
-    from consilience.simulate import prepare
+    from consilience.simulate import prepare, timing
 
-    return prepare(methods.make(spec.method, spec.options), federation, **_arguments(spec, federation))
+    worker = prepare(methods.make(spec.method, spec.options), federation, **_arguments(spec, federation))
+    timing(worker, participation=spec.config.participation, **_timing(spec.config))
+    return worker
 
 
 def execute(
@@ -139,7 +150,7 @@ def execute(
         **_arguments(spec, federation),
         rounds=config.rounds,
         participation=config.participation,
-        schedule=config.schedule,
+        **_timing(config),
         eval_every=config.eval_every,
         eval_clients_every=config.eval_clients_every,
         eval_clients=config.eval_clients,
@@ -223,7 +234,7 @@ def _run_all(todo: Sequence[RunSpec], folder: Path, command: str, on_line: OnLin
         return
     config = todo[0].config
     workers = config.workers or cores()
-    if config.executor == "serial" or workers == 1 or len(todo) < workers:
+    if config.executor in ("serial", "stacked") or workers == 1 or len(todo) < workers:
         for spec in todo:
             _one(spec, folder, command, None, lambda line, label=spec.name: on_line(label, line))  # type: ignore[misc]
         return

@@ -28,6 +28,7 @@ from consilience.core.encode import Encoder, decode
 from consilience.core.errors import ClientError, WorkerError
 from consilience.core.executor import Executor
 from consilience.core.messages import Job, Work
+from consilience.core.reduce import BLOCK
 from consilience.core.tree import Tree, clone
 from consilience.core.worker import Call, Worker
 from consilience.execute.memory import keep_freed_memory
@@ -37,6 +38,8 @@ INLINE = 1 << 14
 """Trees up to this many bytes travel in the pipe."""
 AHEAD = 2
 """Calls given to a worker at a time: one to work on, one to go on with."""
+EACH = 3
+"""Blocks of clients that a worker should get at least, or some would wait for others."""
 DEATHS = 3
 """Workers that one call may cost."""
 
@@ -167,6 +170,7 @@ class Processes(Executor):
         self._done: dict[int, Tree] = {}
         self._shared: dict[int, _Shared] = {}
         self._next, self._made, self._written = 0, 0, 0
+        self.pays_from = EACH * BLOCK * workers
         self._context = start_context()
         self._children: list[_Child] = []
         for _ in range(workers):
@@ -187,9 +191,9 @@ class Processes(Executor):
         self._hand_out()
         return [self._done.pop(ticket) for ticket in tickets]
 
-    def collect(self, jobs: Sequence[Job], tickets: Sequence[int]) -> Iterator[Work]:
+    def collect(self, jobs: Sequence[Job], tickets: Sequence[int], again: bool = False) -> Iterator[Work]:
         """What these jobs did. New states are copied out of shared memory, since they live long."""
-        for job, work in zip(jobs, super().collect(jobs, tickets), strict=True):
+        for job, work in zip(jobs, super().collect(jobs, tickets, again), strict=True):
             self._pending[job.id] = clone(self._pending[job.id])
             yield work
 

@@ -13,6 +13,7 @@ from string import Template
 
 from consilience.report import answer
 from consilience.report.blob import page_blob
+from consilience.report.devices import devices_section
 from consilience.report.facts import Facts, gather
 from consilience.report.leaderboard import leaderboard_section
 from consilience.report.sections import (
@@ -24,6 +25,7 @@ from consilience.report.sections import (
     reproduce_section,
     subject,
 )
+from consilience.report.timeline import timelines
 
 SECTIONS: list[tuple[str, str, Callable[[Facts, int], str]]] = [
     ("answer", "Answer", answer_section),
@@ -31,6 +33,7 @@ SECTIONS: list[tuple[str, str, Callable[[Facts, int], str]]] = [
     ("curves", "Learning curves", curves_section),
     ("clients", "Who gains, who loses", clients_section),
     ("federation", "The federation", federation_section),
+    ("devices", "Devices and time", devices_section),
     ("cost", "Cost", cost_section),
     ("reproduce", "Reproduce", reproduce_section),
 ]
@@ -85,7 +88,9 @@ def frame(title: str, about: str, contents: Sequence[tuple[str, str]], sections:
 def render(facts: Facts) -> str:
     """The page as text."""
     alone = len(facts.entries) == 1
-    shown = [s for s in SECTIONS if not (alone and s[0] == "leaderboard" and len(facts.seeds) == 1)]
+    hidden = {"leaderboard"} if alone and len(facts.seeds) == 1 else set()
+    hidden |= set() if timelines(facts) else {"devices"}
+    shown = [s for s in SECTIONS if s[0] not in hidden]
     title = re.sub(r"<[^>]*>", "", answer.first(facts)).partition(":")[0]
     return frame(
         f"{title} · {escape(str(facts.federation.get('name', '')))} · Consilience",
