@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -163,7 +164,8 @@ def test_stacking_weights_maximise_the_likelihood() -> None:
 def test_table_without_the_row_itself() -> None:
     """Against counting again without each row."""
     rng = np.random.default_rng(0)
-    y, c = rng.integers(0, 3, 60), rng.integers(0, 4, 60)
+    y = rng.integers(0, 3, 60)
+    c = np.where(rng.random(60) < 0.5, y, rng.integers(0, 4, 60))
     table = np.zeros((3, 4))
     np.add.at(table, (y, c), 1)
     whole, held = d.by_label(y, c, table)
@@ -177,8 +179,29 @@ def test_table_without_the_row_itself() -> None:
 
     fits = {s: sum(math.log(naive(i, s)[c[i]]) for i in range(60)) for s in d.STRENGTHS}
     strength = max(fits, key=lambda s: fits[s])
+    assert strength < 100  # otherwise the row itself would not matter
     for i in (0, 17, 59):
         assert held[i] == pytest.approx(naive(i, strength), abs=1e-5)
+
+
+def test_where_the_label_is_sure_both_networks_say_the_same() -> None:
+    rng = np.random.default_rng(0)
+    y, c = rng.integers(0, 3, 200), rng.integers(0, 3, 200)
+    view = dataclasses.replace(d.look(corners(y, 3, rng), y, 0), posterior=np.eye(3, dtype=np.float32)[y])
+    both, alone = d._networks(view, c, 3, 0)
+    assert both.sum(axis=1) == pytest.approx(np.ones(200), abs=1e-5)
+    assert alone == pytest.approx(both, abs=1e-6)
+
+
+def test_no_term_is_much_below_nothing() -> None:
+    """A mixture is no worse than what it is compared with, also where labels cut the rows into small parts."""
+    rng = np.random.default_rng(0)
+    c, y = rng.integers(0, 3, 600), rng.integers(0, 40, 600)
+    x = rng.standard_normal((600, 1)) + 3 * c[:, None]
+    found = d.ratios(d.look(x, y, 0), c, 3, 0)
+    assert (found.bits.mean(axis=0) > -0.005).all()
+    for q in (found.by_input, found.by_both):
+        assert q.sum(axis=1) == pytest.approx(np.ones(600), abs=0.02)  # of few neighbours none may have the label
 
 
 def test_neighbours_are_the_nearest_others() -> None:
