@@ -102,12 +102,12 @@ def _nearest(profile: words.Profile) -> list[RenderableType]:
     for row in rows:
         table.add_row(row["id"], f"{row['distance']:.2f}", *(f"{100 * row['accuracy'][name]:.1f}" for name in names))
     made = profile["benchmark"]
-    far = "" if advice else " None is near enough to suggest a method."
-    return [table, Text(f"From {made['file']}, made by `{made['command']}`.{far} A reason to try, no proof.\n")]
+    said = "A reason to try, no proof." if advice else "None is near enough to suggest a method."
+    return [table, Text(f"From {made['file']}, made by `{made['command']}`. {said}\n")]
 
 
 def _limits(profile: words.Profile) -> RenderableType:
     from rich.text import Text
 
-    said = [f"{words.identity(row)}.".capitalize() for row in profile["identities"]]
+    said = [f"{words.identity(row)}." for row in profile["identities"] if row["holds"]]  # limits tell the others
     return Text("Limits\n" + "\n".join(f"- {text}" for text in [*said, *profile["limits"]]))

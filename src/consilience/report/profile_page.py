@@ -89,7 +89,7 @@ def _bits(profile: words.Profile, number: int) -> str:
             "federation reads 0. Label and feature skew add up to the total, and so do input skew and concept shift: "
             "they are two ways to divide the same bits."
         )
-        + "".join(note(escape(f"{words.identity(row)}.".capitalize())) for row in profile["identities"])
+        + "".join(note(escape(f"{words.identity(row)}.")) for row in profile["identities"])
     )
     total = profile["bits"]["total"]
     finding = f"Input and label together tell {total['value']:.2f} of the {total['max']:.2f} bits that name the client."

@@ -144,7 +144,7 @@ def distances(profile: Profile) -> list[tuple[str, str, str, str]]:
 
 
 def identity(row: Mapping[str, Any]) -> str:
-    """Whether a pair of terms adds up to the total."""
-    parts = row["sum"].replace("_", " ").replace("+", "and")
+    """Whether a pair of terms adds up to the total, without the full stop."""
+    parts = row["sum"].replace("_", " ").replace("+", "and").capitalize()
     off = f"{abs(row['gap']):.3f} bits, interval ±{row['interval']:.3f}"
     return f"{parts} add up to the total ({off})" if row["holds"] else f"{parts} miss the total ({off})"
