@@ -63,7 +63,7 @@ def _option(name: str, text: str, panel: str) -> inspect.Parameter:
 
 
 def _shared(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the options that run, compare and plan share; it gets them as one mapping ``given``."""
+    """Give a command the options that run, compare, profile and plan share; it gets them as one mapping ``given``."""
     own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "given"]
     options = [
         _option(name, f"{f.description}{_default(f.default)}", "Options") for name, f in Config.model_fields.items()
@@ -264,6 +264,26 @@ def methods_command(
         show_card(out, name)
 
 
+@app.command("profile", cls=Command)
+@_shared
+def profile_command(*, given: dict[str, Any], config: ConfigFile = None, as_json: AsJson = False) -> None:
+    """Measure a federation's heterogeneity in bits, before any training: what kind, how much, which methods suit."""
+    from consilience import experiment
+
+    settings = settle(given, config)
+    folder = Path(settings.config.out or experiment.default_folder("profile"))
+    found = experiment.profile(settings.config, folder, command=experiment.command_line())
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    from consilience.report.profile import show
+
+    out, _ = _consoles()
+    for part in show(found):
+        out.print(part, highlight=False)
+    typer.echo(f"report: {folder / 'report.html'}")
+
+
 @app.command("plan", cls=Command)
 @_shared
 def plan_command(
@@ -289,7 +309,11 @@ def report_command(folder: Folder) -> None:
     from consilience import experiment
     from consilience.report.html import write_report
 
-    if (folder / "compare.yaml").exists():
+    if (folder / "profile.json").exists():
+        from consilience.report.profile_page import write_profile
+
+        typer.echo(f"report: {write_profile(folder)}")
+    elif (folder / "compare.yaml").exists():
         _show_leaderboard(experiment.conclude(folder), folder, False)
     else:
         typer.echo(f"report: {write_report(folder)}")

@@ -177,10 +177,7 @@ def compare(
     if resume:
         todo = [spec for spec in runs if not (folder / spec.name / "digest.txt").exists()]
     else:
-        if folder.exists() and not folder.is_dir():
-            raise ConfigError(f"{folder} is a file; --out wants a folder")
-        if folder.exists() and any(folder.iterdir()):
-            raise ConfigError(f"{folder} is not empty; give another --out, or resume it")
+        free(folder)
         todo = runs
         for spec in {spec.config.seed: spec for spec in runs}.values():
             federation = make_federation(spec.config)
@@ -191,6 +188,32 @@ def compare(
         write_atomically(folder / "compare.yaml", yaml.safe_dump(record, sort_keys=False))
     _run_all(todo, folder, command, on_line)
     return conclude(folder)
+
+
+def free(folder: Path) -> None:
+    """Refuse a folder that something may not be written into: a file, or a folder that is not empty."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; --out wants a folder")
+    if folder.exists() and any(folder.iterdir()):
+        more = ", or resume it" if (folder / "compare.yaml").exists() else ""
+        raise ConfigError(f"{folder} is not empty; give another --out{more}")
+
+
+def profile(config: Config, folder: Path, *, command: str) -> dict[str, Any]:
+    """Measure the federation of a configuration; write profile.json, partition.json and report.html; return it."""
+    from consilience.data.federation import save_partition
+    from consilience.folder import versions
+    from consilience.measure.profile import profile as measure
+    from consilience.report.profile_page import write_profile
+
+    free(folder)
+    federation = make_federation(config)
+    found = {**measure(federation, config.seed), "command": command, "versions": versions()}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_partition(folder / "partition.json", federation)
+    write_atomically(folder / "profile.json", json.dumps(found))
+    write_profile(folder)
+    return found
 
 
 def conclude(folder: Path) -> list[dict[str, Any]]:

@@ -75,7 +75,7 @@ function emphasise(id) {
   });
 }
 document.addEventListener('click', e => {
-  const key = e.target.closest('[data-keys] button'), quick = e.target.closest('[data-quick]'), copy = e.target.closest('[data-copy]');
+  const key = e.target.closest('[data-keys] button'), quick = e.target.closest('[data-quick]');
   if (key) {
     const id = key.dataset.m;
     if (!state.hidden.delete(id)) state.hidden.add(id);
@@ -85,11 +85,6 @@ document.addEventListener('click', e => {
   if (quick) {
     state.hidden = new Set(quick.dataset.quick === 'all' ? [] : METHODS.filter(m => !m.ref && m.slot > 2).map(m => m.id));
     keys(); charts();
-  }
-  if (copy) {
-    const source = $('#' + copy.dataset.copy), done = t => { copy.textContent = t; setTimeout(() => { copy.textContent = 'Copy'; }, 1600); };
-    const select = () => { const r = document.createRange(); r.selectNodeContents(source); const s = getSelection(); s.removeAllRanges(); s.addRange(r); done('Selected'); };
-    if (navigator.clipboard) navigator.clipboard.writeText(source.textContent).then(() => done('Copied'), select); else select();
   }
 });
 const onKey = e => e.target.closest && e.target.closest('[data-keys] button');
@@ -276,17 +271,7 @@ function federation() {
   if (most) most.textContent = `${(100 * top).toFixed(0)} %`;
 }
 
-/* ---------- tables, controls, theme, print ---------- */
-$$('table.sortable').forEach(table => $$('thead button', table).forEach(button => button.addEventListener('click', () => {
-  const th = button.closest('th'), i = [...th.parentNode.children].indexOf(th), now = th.getAttribute('aria-sort');
-  const dir = now ? (now === 'ascending' ? 'descending' : 'ascending') : button.dataset.dir === 'asc' ? 'ascending' : 'descending', k = dir === 'ascending' ? 1 : -1;
-  $$('thead [aria-sort]', table).forEach(h => h.removeAttribute('aria-sort'));
-  th.setAttribute('aria-sort', dir);
-  const value = row => { const raw = row.children[i].dataset.v ?? row.children[i].textContent; return raw === '' ? Infinity * k : isNaN(raw.replace(/,/g, '')) ? raw : +raw.replace(/,/g, ''); };
-  const body = table.tBodies[0];
-  [...body.rows].map((r, j) => [value(r), j, r]).sort((p, q) => (p[0] < q[0] ? -1 : p[0] > q[0] ? 1 : 0) * k || p[1] - q[1]).forEach(r => body.append(r[2]));
-  if (table.classList.contains('lb')) table.dataset.sorted = i === 0 && dir === 'ascending' ? 'rank' : 'other';
-})));
+/* ---------- controls, print ---------- */
 $$('fieldset[data-state]').forEach(f => f.addEventListener('change', e => {
   state[f.dataset.state] = f.dataset.state === 'fs' ? +e.target.value : e.target.value;
   if (f.dataset.state === 'x') rewind();
@@ -306,13 +291,6 @@ if ($('#strip')) $('#strip').addEventListener('click', e => {
   const k = e.target.dataset && e.target.dataset.k;
   if (k !== undefined) { state.traced = state.traced === k ? null : k; strip(); }
 });
-const theme = $('#theme'), root = document.documentElement;
-theme.value = root.dataset.theme || 'auto';
-theme.addEventListener('change', () => {
-  if (theme.value === 'auto') delete root.dataset.theme; else root.dataset.theme = theme.value;
-  try { localStorage.setItem('consilience-theme', theme.value); } catch (e) { /* a page from a file may not remember */ }
-});
-$('#print').addEventListener('click', () => print());
 function charts() { curves(); strip(); federation(); if (state.focus) emphasise(state.focus); }
 addEventListener('beforeprint', () => { printing = true; charts(); });
 addEventListener('afterprint', () => { printing = false; charts(); });
@@ -321,10 +299,6 @@ new ResizeObserver(() => { /* the head's width changes with the window, and noth
   const w = $('main').clientWidth;
   if (!printing && Math.abs(w - drawn) > 2) { drawn = w; charts(); }
 }).observe($('.top'));
-const watch = new IntersectionObserver(seen => seen.forEach(e => {
-  if (e.isIntersecting) $$('.rail li a').forEach(a => { if (a.getAttribute('href') === '#' + e.target.id) a.setAttribute('aria-current', 'true'); else a.removeAttribute('aria-current'); });
-}), {rootMargin: '0px 0px -75% 0px'});
-$$('main section').forEach(s => watch.observe(s));
 keys();
 charts();
 })();
