@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
 from sklearn.metrics import mutual_info_score, recall_score
 
+from consilience.core.federation import Federation
+from consilience.data.federation import from_arrays
 from consilience.measure.fairness import (
     accuracy,
     chance,
@@ -23,6 +27,8 @@ from consilience.measure.fairness import (
     stacked,
     summary,
 )
+from consilience.methods.fedavg import FedAvg
+from consilience.simulate import run
 
 
 def rows(seed: int, classes: int = 2, groups: int = 2, n: int = 300) -> tuple[np.ndarray, ...]:
@@ -130,3 +136,48 @@ def test_entropy() -> None:
     assert entropy(np.array([1.0, 0.0])) == 0
     assert entropy(np.array([0.5, 0.25, 0.25])) == pytest.approx(1.5 / math.log2(3))
     assert entropy(np.array([0.7])) == entropy(np.zeros(3)) == 1.0
+
+
+def test_a_run_records_counts_and_differences(tmp_path: Path) -> None:
+    """Counts in the files are those of the deployed model's predictions, and so are the differences in the history."""
+    federation = census()
+    result = run(FedAvg(lr=0.1), federation, model="logistic", rounds=2, eval_clients_every=1, out=tmp_path / "r")
+    last = [row for row in result.clients if row["round"] == 2]
+    for row in last:
+        data = federation.data(row["client"]).test
+        p = result.predict(data.x).argmax(1).numpy()
+        z = data.sensitive[:, 1].numpy()  # type: ignore[index]
+        expected = counted(z, data.y.numpy(), p, int(z.max()) + 1, 2)
+        assert np.array_equal(np.array(row["groups"]["site"]), expected)
+        assert np.array(row["groups"]["sex"]).sum() == row["n"]
+    clients = result.history[-1]["clients"]["groups"]["sex"]
+    pooled = stacked([row["groups"]["sex"] for row in last if row["seen"]]).sum(axis=0)
+    assert clients["demographic_parity"] == pytest.approx(demographic_parity(pooled))
+    assert 0 <= clients["clients"]["equal_opportunity"]["mean"] <= clients["clients"]["equal_opportunity"]["worst"]
+    assert federation.test is not None
+    z, y = federation.test.sensitive[:, 0].numpy(), federation.test.y.numpy()  # type: ignore[index]
+    of_global = counted(z, y, result.predict(federation.test.x).argmax(1).numpy(), 2, 2)
+    found = result.history[-1]["global"]["groups"]["sex"]
+    assert found["equalised_odds"] == pytest.approx(equalised_odds(of_global))
+    written = json.loads((tmp_path / "r" / "federation.json").read_text())
+    assert written["sensitive"] == {"sex": ["f", "m"], "site": ["0", "1", "2"]}
+
+
+def test_counts_are_the_same_on_any_executor() -> None:
+    results = [
+        run(FedAvg(), census(), model="logistic", rounds=2, executor=executor, workers=2)
+        for executor in ("serial", "processes")
+    ]
+    assert results[0].clients == results[1].clients
+    assert results[0].digest == results[1].digest
+
+
+def census() -> Federation:
+    rng = np.random.default_rng(0)
+    sex, site = rng.integers(0, 2, 400), rng.integers(0, 3, 400)
+    x = rng.normal(size=(400, 3)).astype("f4") + sex[:, None]
+    y = (x.sum(1) + rng.normal(size=400) > 1.5).astype(int)
+    names = np.array(["f", "m"])
+    return from_arrays(
+        x, y, clients=4, unseen=1, split=(0.5, 0.1, 0.4), sensitive={"sex": names[sex], "site": site}, seed=1
+    )

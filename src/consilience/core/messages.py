@@ -5,6 +5,8 @@ from __future__ import annotations
 import enum
 from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
+from torch import Tensor
+
 from consilience.core.model import Params, Weights
 from consilience.core.tree import Tree, record
 
@@ -105,11 +107,15 @@ class ClientInfo(NamedTuple):
 
 @record
 class Score(NamedTuple):
-    """How a predictor does on one split of one client: rows, mean loss, share right (None for regression)."""
+    """How a predictor does on one split of one client: rows, mean loss, share right (None for regression).
+
+    groups: for each sensitive attribute, int64 counts ``(group, label, prediction)``; None without attributes.
+    """
 
     n: int
     loss: float
     accuracy: float | None
+    groups: tuple[Tensor, ...] | None = None
 
 
 @record
