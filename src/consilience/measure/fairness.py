@@ -100,8 +100,13 @@ def global_disparity(counts: Counts) -> float:
 def local_disparity(counts: Counts) -> float:
     """I(Z;prediction | S) in bits of ``counts[s, z, y, p]``: the same within clients, weighted by their rows."""
     rows = counts.sum(axis=2)
-    sizes = rows.sum(axis=(1, 2))
-    return float(sum(n / sizes.sum() * mutual_information(r) for n, r in zip(sizes, rows, strict=True) if n))
+    total = rows.sum()
+    if total <= 0:
+        return 0.0
+    held = rows > 0
+    whole, groups, said = (np.broadcast_to(rows.sum(axis=a, keepdims=True), rows.shape) for a in ((1, 2), 2, 1))
+    ratio = rows[held] * whole[held] / (groups[held] * said[held])
+    return max(0.0, float((rows[held] * np.log2(ratio)).sum() / total))
 
 
 def chance(counts: Counts) -> tuple[float, float]:

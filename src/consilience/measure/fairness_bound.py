@@ -17,7 +17,7 @@ from consilience.measure.fairness import global_disparity, local_disparity
 
 Array = NDArray[np.float64]
 TOLERANCE = 1e-5
-"""By how much the bound may lie above what is attained."""
+"""By how much the bound may lie above what is attained, unless another tolerance is given."""
 ROUNDS = 200
 FLOOR = 1e-9
 """A conditional probability of a group in a cut is at least so much of the group's share."""
@@ -39,6 +39,30 @@ class Bound:
     local: float
 
 
+class _Rows:
+    """Rows of a sparse matrix under way, with their right sides."""
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+        self.right: list[float] = []
+        self._parts: list[tuple[NDArray[np.int64], Array]] = []
+
+    def add(self, columns: NDArray[np.int64], values: Array, right: float) -> None:
+        """One row."""
+        self._parts.append((columns, values))
+        self.right.append(right)
+
+    def matrix(self) -> Any:
+        """The rows as a sparse matrix; None without any."""
+        from scipy.sparse import csr_matrix
+
+        if not self._parts:
+            return None
+        ends = np.cumsum([0, *(len(columns) for columns, _ in self._parts)])
+        columns, values = (np.concatenate(part) for part in zip(*self._parts, strict=True))
+        return csr_matrix((values, columns, ends), shape=(len(self.right), self.width))
+
+
 class Frontier:
     """Bounds for one federation, whose clients' test rows are ``counts[s, z, y, p]`` (client, group, label, prediction).
 
@@ -47,6 +71,8 @@ class Frontier:
     classes the (FPR, TPR) of each group in each client then lies in the parallelogram of (0, 0), the model's point,
     (1, 1) and its mirror image.
 
+    tolerance: how far the bound may lie above what is attained.
+
     A predictor is K[s, z, a, c], the chance of c where the signal a (label or prediction) is seen. Accuracy and the
     masses m = P(s, z, c) are linear in it. Both disparities are sums of terms m_c KL(P(z | c) || P(z)), each the
     largest of the linear functions sum_z m_zc log(R(z | c) / P(z)) over all R (Gibbs): so a linear programme with
@@ -54,10 +80,13 @@ class Frontier:
     of the solution with a perfectly fair one that keeps the budgets bounds it from below.
     """
 
-    def __init__(self, counts: Any, of: Literal["oracle", "model"] = "oracle") -> None:
+    def __init__(
+        self, counts: Any, of: Literal["oracle", "model"] = "oracle", tolerance: float = TOLERANCE
+    ) -> None:
         table = np.asarray(counts, dtype=np.float64)
         if table.ndim != 4 or table.shape[2] != table.shape[3] or (table < 0).any() or table.sum() <= 0:
             raise DataError("counts of clients are an array [client, group, label, prediction], not all zero")
+        self.tolerance = tolerance
         p = table / table.sum()
         if of == "oracle":
             labels = p.sum(axis=3)
@@ -67,8 +96,8 @@ class Frontier:
         self.cells = np.argwhere(self.signal > 0)
         self.classes = p.shape[2]
         self.group_client = self.signal.sum(axis=2)  # [s, z]
-        self._global_cuts: list[tuple[int, Array]] = []
-        self._local_cuts: list[tuple[int, int, Array]] = []
+        self._global_cuts: list[tuple[int, NDArray[np.int64], Array]] = []
+        self._local_cuts: list[tuple[int, int, NDArray[np.int64], Array]] = []
         self._fairest: dict[tuple[bool, bool], Array] = {}
 
     def at(self, budget_global: float | None, budget_local: float | None) -> Bound:
@@ -82,7 +111,7 @@ class Frontier:
             mixed = self._mix(found, fair, budget_global, budget_local)
             if best is None or self._accuracy(mixed) > self._accuracy(best):
                 best = mixed
-            if top - self._accuracy(best) <= TOLERANCE or not self._cut(found, terms, budget_global, budget_local):
+            if top - self._accuracy(best) <= self.tolerance or not self._cut(found, terms, budget_global, budget_local):
                 break
         assert best is not None
         joint = self._joint(best)
@@ -104,48 +133,37 @@ class Frontier:
         """A predictor, the terms of its disparities as far as the cuts know them, and its accuracy, the most under
         the cuts so far; a budget of 0 is parity itself."""
         from scipy.optimize import linprog
-        from scipy.sparse import csr_matrix
 
         s, z, a = self.cells.T
-        n, c = len(self.cells), self.classes
-        weight = self.law[s, z, :, a]  # [cell, c]: accuracy of saying c
-        rows: list[tuple[int, int, float]] = []
-        upper: list[float] = []
+        n, c, clients = len(self.cells), self.classes, self.law.shape[0]
         slack = n * c  # columns of the terms: global by c, then local by (s, c)
         local_at = slack + (c if budget_global else 0)
-        if budget_global:
-            rows += [(0, slack + k, 1.0) for k in range(c)]
-            upper.append(budget_global)
-        clients = self.law.shape[0]
-        if budget_local:
-            rows += [(len(upper), local_at + k, 1.0) for k in range(clients * c)]
-            upper.append(budget_local)
-        for term, columns, values in self._cut_rows(bool(budget_global), bool(budget_local), slack, local_at):
-            rows += [(len(upper), int(j), float(v)) for j, v in zip(columns, values, strict=True)]
-            rows.append((len(upper), term, -1.0))
-            upper.append(0.0)
         width = local_at + (clients * c if budget_local else 0)
-        equal, right = self._equalities(budget_global == 0, budget_local == 0, width)
-        objective = np.concatenate([-weight.ravel(), np.zeros(width - slack)])
-        matrix = None
-        if rows:
-            i, j, v = zip(*rows, strict=True)
-            matrix = csr_matrix((v, (i, j)), shape=(len(upper), width))
-        done = linprog(objective, matrix, upper or None, equal, right, bounds=(0, None), method="highs")
+        rows = _Rows(width)
+        if budget_global:
+            rows.add(np.arange(slack, slack + c), np.ones(c), budget_global)
+            for k, columns, values in self._global_cuts:
+                rows.add(np.append(columns, slack + k), np.append(values, -1.0), 0.0)
+        if budget_local:
+            rows.add(np.arange(local_at, width), np.ones(clients * c), budget_local)
+            for client, k, columns, values in self._local_cuts:
+                rows.add(np.append(columns, local_at + client * c + k), np.append(values, -1.0), 0.0)
+        equal = self._equalities(budget_global == 0, budget_local == 0, width)
+        objective = np.concatenate([-self.law[s, z, :, a].ravel(), np.zeros(width - slack)])
+        done = linprog(objective, rows.matrix(), rows.right or None, equal.matrix(), equal.right, (0, None), "highs")
         if done.status != 0:
             raise DataError(f"the linear programme of the fairness bound was not solved: {done.message}")
         return np.asarray(done.x[:slack]).reshape(n, c), np.asarray(done.x[slack:]), float(-done.fun)
 
-    def _equalities(self, parity_global: bool, parity_local: bool, width: int) -> tuple[Any, Array]:
+    def _equalities(self, parity_global: bool, parity_local: bool, width: int) -> _Rows:
         """Rows of K sum to 1; and parity, if asked for: m[., z, c] = P(z) m[., c]."""
-        from scipy.sparse import csr_matrix
-
         s, z, a = self.cells.T
         n, c = len(self.cells), self.classes
-        rows = [(i, i * c + k, 1.0) for i in range(n) for k in range(c)]
-        right = [1.0] * n
+        rows = _Rows(width)
+        for i in range(n):
+            rows.add(np.arange(i * c, (i + 1) * c), np.ones(c), 1.0)
         mass = self.signal[s, z, a]
-        blocks: list[tuple[Array, Array]] = []  # cells of the block, shares of the groups in it
+        blocks: list[tuple[NDArray[np.int64], Array]] = []  # cells of the block, shares of the groups in it
         if parity_global:
             blocks.append((np.arange(n), self.group_client.sum(axis=0)))
         if parity_local:
@@ -153,24 +171,10 @@ class Frontier:
         for cells, groups in blocks:
             shares = groups / groups.sum()
             for group in np.flatnonzero(groups)[1:]:
+                values = mass[cells] * ((z[cells] == group) - shares[group])
                 for k in range(c - 1):
-                    values = mass[cells] * ((z[cells] == group) - shares[group])
-                    rows += [(len(right), int(i) * c + k, float(v)) for i, v in zip(cells, values, strict=True)]
-                    right.append(0.0)
-        i, j, v = zip(*rows, strict=True)
-        return csr_matrix((v, (i, j)), shape=(len(right), width)), np.array(right)
-
-    def _cut_rows(self, of_global: bool, of_local: bool, slack: int, local_at: int) -> list[tuple[int, Array, Array]]:
-        """(column of the term, columns of K, their coefficients) of every cut in force."""
-        s, z, a = self.cells.T
-        mass, c = self.signal[s, z, a], self.classes
-        found = []
-        for k, slope in self._global_cuts if of_global else ():
-            found.append((slack + k, np.arange(len(s)) * c + k, mass * slope[z]))
-        for client, k, slope in self._local_cuts if of_local else ():
-            at = np.flatnonzero(s == client)
-            found.append((local_at + client * c + k, at * c + k, mass[at] * slope[z[at]]))
-        return found
+                    rows.add(cells * c + k, values, 0.0)
+        return rows
 
     def _cut(self, k: Array, terms: Array, budget_global: float | None, budget_local: float | None) -> bool:
         """Add the cuts that a predictor breaks; False if it breaks none."""
@@ -187,12 +191,16 @@ class Frontier:
                 slope = _slope(m[client, :, j], self.group_client[client])
                 gap = float(slope @ m[client, :, j] - terms[first + client * c + j])
                 broken.append((gap, (int(client), int(j)), slope))
+        s, z, a = self.cells.T
+        mass = self.signal[s, z, a]
         broken = [b for b in broken if b[0] > 1e-10]
         for _, where, slope in broken:
+            at = np.arange(len(s)) if len(where) == 1 else np.flatnonzero(s == where[0])
+            columns, values = at * c + where[-1], mass[at] * slope[z[at]]
             if len(where) == 1:
-                self._global_cuts.append((where[0], slope))
+                self._global_cuts.append((where[0], columns, values))
             else:
-                self._local_cuts.append((where[0], where[1], slope))
+                self._local_cuts.append((where[0], where[1], columns, values))
         return bool(broken)
 
     # --- from bounds to predictors ----------------------------------------------------------------------------
@@ -227,7 +235,7 @@ class Frontier:
         if keeps(1.0):
             return k
         low, high = 0.0, 1.0
-        for _ in range(50):
+        for _ in range(40):
             middle = (low + high) / 2
             low, high = (middle, high) if keeps(middle) else (low, middle)
         return np.asarray(low * k + (1 - low) * fair)

@@ -16,7 +16,7 @@ from consilience.core.messages import Reply
 from consilience.core.method import Method, Phase, keep_buffers
 from consilience.core.model import Params, Weights
 from consilience.core.site import Host
-from consilience.core.training import option
+from consilience.core.training import Search, option
 from consilience.core.tree import record
 
 
@@ -50,8 +50,8 @@ class FedAvgM(Method):
     source = "Hsu et al."
     year = 2019
 
-    server_lr: Annotated[float, Gt(0)] = option(1.0, "server step size eta_g")
-    server_momentum: Annotated[float, Ge(0), Lt(1)] = option(0.9, "beta")
+    server_lr: Annotated[float, Gt(0)] = option(1.0, "server step size eta_g", Search(0.1, 10.0))
+    server_momentum: Annotated[float, Ge(0), Lt(1)] = option(0.9, "beta", Search(0.0, 0.99, log=False))
     form: Literal["model", "delta"] = option("delta", "clients send differences")
 
     def check(self) -> None:
@@ -101,9 +101,9 @@ class _Adaptive(Method):
     source = "Reddi et al., ICLR"
     year = 2021
 
-    server_lr: Annotated[float, Gt(0)] = option(0.03, "server step size eta_g")
+    server_lr: Annotated[float, Gt(0)] = option(0.03, "server step size eta_g", Search(1e-3, 1.0))
     beta_1: Annotated[float, Ge(0), Lt(1)] = option(0.9, "decay of the first moment")
-    tau: Annotated[float, Gt(0)] = option(1e-3, "degree of adaptivity")
+    tau: Annotated[float, Gt(0)] = option(1e-3, "degree of adaptivity", Search(1e-5, 1e-1))
     form: Literal["model", "delta"] = option("delta", "clients send differences")
 
     def check(self) -> None:
@@ -146,7 +146,7 @@ class FedAdagrad(_Adaptive):
     __doc__ = "FedAdagrad:  v <- v + Delta^2.\n" + (_Adaptive.__doc__ or "") + _SOURCE
     name = "fedadagrad"
 
-    server_lr: Annotated[float, Gt(0)] = option(0.1, "server step size eta_g")
+    server_lr: Annotated[float, Gt(0)] = option(0.1, "server step size eta_g", Search(1e-3, 1.0))
     beta_1: Annotated[float, Ge(0), Lt(1)] = option(0.0, "decay of the first moment (0 in the paper)")
 
     def second(self, v: torch.Tensor, square: torch.Tensor) -> torch.Tensor:

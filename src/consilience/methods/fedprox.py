@@ -11,7 +11,7 @@ from consilience.core.fit import Batch, Grad, Plan, n_steps
 from consilience.core.method import Method
 from consilience.core.model import Params
 from consilience.core.site import Site
-from consilience.core.training import option
+from consilience.core.training import Search, option
 from consilience.core.tree import Tree
 from consilience.parts.losses import proximal
 
@@ -39,7 +39,7 @@ class FedProx(Method):
     source = "Li et al., MLSys"
     year = 2020
 
-    mu: Annotated[float, Ge(0)] = option(0.01, "weight of the proximal term")
+    mu: Annotated[float, Ge(0)] = option(0.01, "weight of the proximal term", Search(1e-3, 1.0))
     stragglers: Annotated[float, Ge(0), Le(1)] = option(0.0, "share of clients that do only part of the work")
 
     def plan(self, site: Site, message: Tree, state: Tree) -> Plan:

@@ -13,7 +13,7 @@ from consilience.core.fit import Batch, Models, Plan
 from consilience.core.method import Method, Needs, Phase
 from consilience.core.model import Weights
 from consilience.core.site import Site
-from consilience.core.training import option
+from consilience.core.training import Search, option
 from consilience.core.tree import Tree
 from consilience.parts.losses import model_contrast
 
@@ -39,7 +39,7 @@ class Moon(Method):
     year = 2021
     needs = Needs(split_model=True, classification=True, loss=True)
 
-    mu: Annotated[float, Ge(0)] = option(1.0, "weight of the contrastive term")
+    mu: Annotated[float, Ge(0)] = option(1.0, "weight of the contrastive term", Search(0.1, 10.0))
     temperature: Annotated[float, Gt(0)] = option(0.5, "T")
 
     def client_update(self, phase: Phase, site: Site, message: Tree, state: Weights | None) -> tuple[Tree, Tree]:

@@ -13,7 +13,9 @@ from string import Template
 
 from consilience.report import answer
 from consilience.report.blob import page_blob
+from consilience.report.certainty import certainty_section
 from consilience.report.facts import Facts, gather
+from consilience.report.groups import groups_section
 from consilience.report.leaderboard import leaderboard_section
 from consilience.report.sections import (
     answer_section,
@@ -24,14 +26,20 @@ from consilience.report.sections import (
     reproduce_section,
     subject,
 )
+from consilience.report.targets import target_section
+from consilience.report.tuned import read_tuning, tuning_section
 
 SECTIONS: list[tuple[str, str, Callable[[Facts, int], str]]] = [
     ("answer", "Answer", answer_section),
     ("leaderboard", "Leaderboard", leaderboard_section),
+    ("certainty", "How sure", certainty_section),
     ("curves", "Learning curves", curves_section),
+    ("target", "Cost to reach the target", target_section),
     ("clients", "Who gains, who loses", clients_section),
+    ("groups", "Fairness between groups", groups_section),
     ("federation", "The federation", federation_section),
     ("cost", "Cost", cost_section),
+    ("tuning", "Tuning", tuning_section),
     ("reproduce", "Reproduce", reproduce_section),
 ]
 
@@ -59,7 +67,13 @@ def render(facts: Facts) -> str:
     """The page as text."""
     assets = files("consilience.report") / "assets"
     alone = len(facts.entries) == 1
-    shown = [s for s in SECTIONS if not (alone and s[0] == "leaderboard" and len(facts.seeds) == 1)]
+    absent = {
+        "leaderboard": alone and len(facts.seeds) == 1,
+        "certainty": alone,
+        "target": facts.compare.get("target") is None,
+        "tuning": read_tuning(facts.folder) is None,
+    }
+    shown = [s for s in SECTIONS if not absent.get(s[0])]
     title = re.sub(r"<[^>]*>", "", answer.first(facts)).partition(":")[0]
     return Template((assets / "page.html").read_text("utf-8")).substitute(
         title=f"{title} · {escape(str(facts.federation.get('name', '')))} · Consilience",
