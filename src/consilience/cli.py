@@ -165,7 +165,9 @@ def compare_command(
     federation: Annotated[
         list[str] | None,
         typer.Option(
-            "--federation", help="options of one federation as KEY=VALUE,...; give several to rank over them", metavar=""
+            "--federation",
+            help="options of one federation as KEY=VALUE,...; give several to rank over them",
+            metavar="",
         ),
     ] = None,
 ) -> None:

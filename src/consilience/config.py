@@ -136,7 +136,9 @@ def _at_least(value: Any, key: str, kind: type[Any], least: float) -> Any:
     except ValueError:
         found = None
     if found is None or not math.isfinite(found) or found < least or (least == 0 and found == 0):
-        raise ConfigError(f"--{key} {value!r}: a number {'above 0' if least == 0 else f'from {least} on'} ({COMPARE_KEYS[key]})")
+        raise ConfigError(
+            f"--{key} {value!r}: a number {'above 0' if least == 0 else f'from {least} on'} ({COMPARE_KEYS[key]})"
+        )
     return found
 
 

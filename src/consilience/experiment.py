@@ -221,9 +221,9 @@ def check_all(settings: Settings, runs: Sequence[RunSpec]) -> None:
         if settings.target is not None and settings.target > 1 and federation.task.kind == "classification":
             raise ConfigError(f"--target {settings.target:g}: an accuracy is at most 1, as in 0.85")
     if settings.tune is not None:
-        from consilience.tuning import check_installed
+        from consilience.tuning import prepare
 
-        check_installed()
+        prepare(runs)
 
 
 def record(settings: Settings, names: Sequence[str], folder: Path, command: str) -> None:
@@ -364,9 +364,7 @@ def resume(
             return compare_on_all(
                 settings, settings.methods, folder, command=command, on_line=on_line, tell=tell, resume=True
             )
-        return compare(
-            settings, settings.methods, folder, command=command, on_line=on_line, tell=tell, resume=True
-        )
+        return compare(settings, settings.methods, folder, command=command, on_line=on_line, tell=tell, resume=True)
     spec, command = read_spec(folder)
     result = execute(spec, folder, command=command, resume=True, on_line=lambda line: on_line(spec.name, line))
     _report(folder)

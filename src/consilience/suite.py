@@ -12,7 +12,7 @@ from typing import Any
 from consilience import experiment
 from consilience.config import Settings, settle
 from consilience.core.checkpoint import write_atomically
-from consilience.core.errors import ConfigError
+from consilience.core.errors import ConfigError, Refused
 from consilience.experiment import OnLine
 from consilience.measure.ranks import Ranks, rank_methods
 
@@ -61,8 +61,11 @@ def compare_on_all(
         raise ConfigError("--federation ranks methods over federations; name two methods at least")
     if not resume:
         experiment.empty(folder)
-        for own in each.values():
-            experiment.check_all(own, experiment.specs(own, names))
+        for options, own in zip(settings.federations, each.values(), strict=True):
+            try:
+                experiment.check_all(own, experiment.specs(own, names))
+            except Refused as error:
+                raise type(error)(f"federation {title(options)}: {error}") from None
         folder.mkdir(parents=True, exist_ok=True)
         experiment.record(settings, names, folder, command)
     for part, own in each.items():

@@ -16,6 +16,7 @@ from consilience.core.errors import ConfigError, DataError
 from consilience.core.training import Search
 
 if TYPE_CHECKING:
+    from consilience.config import Config
     from consilience.core.federation import Federation
     from consilience.experiment import RunSpec
     from consilience.simulate import Result
@@ -50,15 +51,7 @@ def tune(runs: Sequence[RunSpec], budget: int, folder: Path, tell: Callable[[str
     written to ``folder`` as it ends, and not run again when a comparison is resumed. Raises ConfigError without
     Optuna or validation rows.
     """
-    from consilience import experiment
-
-    seed = max(spec.config.seed for spec in runs) + 1
-    firsts = list({spec.label: spec for spec in runs}.values())
-    config = firsts[0].config.model_copy(update={"seed": seed})
-    federation = experiment.make_federation(config)
-    objective = _objective(firsts, federation)
-    if not any(len(federation.data(int(c)).valid) for c in federation.seen):
-        raise ConfigError("--tune judges trials on validation rows, and no client has any: give --split three shares")
+    firsts, config, federation, objective = prepare(runs)
     done = _read(folder / TRIALS)
     whole = [json.dumps(line) + "\n" for lines in done.values() for line in lines]
     write_atomically(folder / TRIALS, "".join(whole))  # without a last line that was cut off
@@ -74,12 +67,27 @@ def tune(runs: Sequence[RunSpec], budget: int, folder: Path, tell: Callable[[str
             "trials": trials,
             "best": winner,
         }
-    record = {"budget": budget, "seed": seed, **dataclasses.asdict(objective), "methods": told}
+    record = {"budget": budget, "seed": config.seed, **dataclasses.asdict(objective), "methods": told}
     write_atomically(folder / RECORD, json.dumps(record, indent=1))
     return [dataclasses.replace(spec, options=best[spec.label]) for spec in runs]
 
 
-def check_installed() -> Any:
+def prepare(runs: Sequence[RunSpec]) -> tuple[list[RunSpec], Config, Federation, Objective]:
+    """One run of each label, the configuration and the federation of trials, and what they are judged by. Raises
+    ConfigError where nothing can be tuned."""
+    from consilience import experiment
+
+    _optuna()
+    firsts = list({spec.label: spec for spec in runs}.values())
+    seed = max(spec.config.seed for spec in runs) + 1
+    config = firsts[0].config.model_copy(update={"seed": seed})
+    federation = experiment.make_federation(config)
+    if not any(len(federation.data(int(c)).valid) for c in federation.seen):
+        raise ConfigError("--tune judges trials on validation rows, and no client has any: give --split three shares")
+    return firsts, config, federation, _objective(firsts, federation)
+
+
+def _optuna() -> Any:
     """Optuna, quiet. Raises ConfigError where it is not installed."""
     try:
         import optuna
@@ -112,7 +120,7 @@ def _study(
     tell: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """All trials of one label; those recorded are told to the sampler, not run."""
-    optuna = check_installed()
+    optuna = _optuna()
     searched = space(spec)
     sampler = optuna.samplers.TPESampler(seed=_seed(spec), n_startup_trials=min(10, max(2, budget // 2)))
     study = optuna.create_study(direction="minimize" if objective.lower else "maximize", sampler=sampler)
@@ -196,7 +204,9 @@ def validation_score(result: Result, objective: Objective) -> float:
 
 def _best(trials: Sequence[Mapping[str, Any]], objective: Objective) -> int:
     """The first of the best trials; the options as given where all diverged."""
-    known = [(value if objective.lower else -value, i) for i, t in enumerate(trials) if (value := t["value"]) is not None]
+    known = [
+        (value if objective.lower else -value, i) for i, t in enumerate(trials) if (value := t["value"]) is not None
+    ]
     return min(known)[1] if known else 0
 
 

@@ -84,7 +84,10 @@ def searched(p: np.ndarray) -> float:
     high = np.minimum(zp[:, 1], zs[:, 1])
     best, centre, width = np.inf, (low + high) / 2, high - low
     for _ in range(9):
-        axes = [np.clip(np.linspace(centre[z] - width[z] / 2, centre[z] + width[z] / 2, 21), low[z], high[z]) for z in (0, 1)]
+        axes = [
+            np.clip(np.linspace(centre[z] - width[z] / 2, centre[z] + width[z] / 2, 21), low[z], high[z])
+            for z in (0, 1)
+        ]
         for a in axes[0]:
             for b in axes[1]:
                 q = np.empty((2, 2, 2))

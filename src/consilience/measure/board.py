@@ -59,7 +59,9 @@ def client_gains(run: Recorded, alone: Recorded, *, lower: bool = False) -> dict
 def gain(runs: Sequence[Recorded], alone: Sequence[Recorded], *, lower: bool = False) -> dict[str, Any] | None:
     """Over clients and seeds: the mean gain over training alone, the worst, and how many of how many lose."""
     by_seed = {run.seed: run for run in alone}
-    values = [v for run in runs if run.seed in by_seed for v in client_gains(run, by_seed[run.seed], lower=lower).values()]
+    values = [
+        v for run in runs if run.seed in by_seed for v in client_gains(run, by_seed[run.seed], lower=lower).values()
+    ]
     if not values:
         return None
     return {"mean": fmean(values), "worst": min(values), "lose": sum(v < 0 for v in values), "of": len(values)}
@@ -129,9 +131,7 @@ def _reaches(runs: Sequence[Recorded], metric: str, target: float, lower: bool) 
     return [found for run in runs if (found := reach(run, keys, target, lower=lower)) is not None]
 
 
-def costs_to_target(
-    runs: Sequence[Recorded], metric: str, target: float, *, lower: bool = False
-) -> dict[str, Cost]:
+def costs_to_target(runs: Sequence[Recorded], metric: str, target: float, *, lower: bool = False) -> dict[str, Cost]:
     """One method's costs to reach a target of the metric that ranks, by the names in ``COSTS``."""
     reaches = _reaches(runs, metric, target, lower)
     return {key: cost_of(reaches, key) for key in COSTS} if reaches else {}

@@ -77,7 +77,9 @@ def differences(scores: Mapping[str, Mapping[int, float]], reference: str) -> di
             continue
         seeds = sorted(own.keys() & base.keys())
         gaps = [own[s] - base[s] for s in seeds]
-        found.append((method, gaps, paired_test([own[s] for s in seeds], [base[s] for s in seeds]), sign_flip_test(gaps)))
+        found.append(
+            (method, gaps, paired_test([own[s] for s in seeds], [base[s] for s in seeds]), sign_flip_test(gaps))
+        )
     tests = sum(not math.isnan(p) for _, _, p, _ in found)
     corrected, exact = holm([p for _, _, p, _ in found]), holm([q for *_, q in found])
     return {

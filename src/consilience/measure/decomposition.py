@@ -91,7 +91,7 @@ class _Problem:
 
     def __init__(self, p: Array) -> None:
         self.zp, zs = p.sum(axis=2), p.sum(axis=1)
-        groups, outcomes, clients = p.shape
+        groups, outcomes, _ = p.shape
         keep = self.zp.argmax(axis=1)
         free = [(z, y) for z, y in zip(*np.nonzero(self.zp), strict=True) if y != keep[z]]
         self.directions = np.zeros((groups, outcomes, len(free)))

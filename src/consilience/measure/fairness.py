@@ -40,7 +40,7 @@ def conditional_rates(counts: Counts) -> Counts:
 
 def _shares(counts: Counts) -> Counts:
     total = counts.sum(axis=-1, keepdims=True)
-    return np.divide(counts, total, out=np.full_like(counts, np.nan), where=total > 0)
+    return np.asarray(np.divide(counts, total, out=np.full_like(counts, np.nan), where=total > 0))
 
 
 def demographic_parity(counts: Counts) -> float:

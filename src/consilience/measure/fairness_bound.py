@@ -54,7 +54,7 @@ class _Rows:
 
     def matrix(self) -> Any:
         """The rows as a sparse matrix; None without any."""
-        from scipy.sparse import csr_matrix
+        from scipy.sparse import csr_matrix  # type: ignore[import-untyped]
 
         if not self._parts:
             return None
@@ -64,7 +64,7 @@ class _Rows:
 
 
 class Frontier:
-    """Bounds for one federation, whose clients' test rows are ``counts[s, z, y, p]`` (client, group, label, prediction).
+    """Bounds for one federation, whose clients' test rows are ``counts[s, z, y, p]``: client, group, label, prediction.
 
     of="oracle": any predictor, even one that knows client, group and label, which no method does: an upper bound for
     all. of="model": any (randomised) relabelling of these predictions by someone who knows client and group; for two
@@ -80,9 +80,7 @@ class Frontier:
     of the solution with a perfectly fair one that keeps the budgets bounds it from below.
     """
 
-    def __init__(
-        self, counts: Any, of: Literal["oracle", "model"] = "oracle", tolerance: float = TOLERANCE
-    ) -> None:
+    def __init__(self, counts: Any, of: Literal["oracle", "model"] = "oracle", tolerance: float = TOLERANCE) -> None:
         table = np.asarray(counts, dtype=np.float64)
         if table.ndim != 4 or table.shape[2] != table.shape[3] or (table < 0).any() or table.sum() <= 0:
             raise DataError("counts of clients are an array [client, group, label, prediction], not all zero")
@@ -124,15 +122,14 @@ class Frontier:
         free = self.at(None, None)
         most = {"global": free.global_, "local": free.local, "both": max(free.global_, free.local)}[along]
         budgets = [most * (i / (points - 1)) ** 2 for i in range(points)] if most > 0 else [0.0]
-        which = {"global": lambda e: (e, None), "local": lambda e: (None, e), "both": lambda e: (e, e)}[along]
-        return [self.at(*which(e)) for e in budgets]
+        return [self.at(None if along == "local" else e, None if along == "global" else e) for e in budgets]
 
     # --- the linear programme ----------------------------------------------------------------------------------
 
     def _solve(self, budget_global: float | None, budget_local: float | None) -> tuple[Array, Array, float]:
         """A predictor, the terms of its disparities as far as the cuts know them, and its accuracy, the most under
         the cuts so far; a budget of 0 is parity itself."""
-        from scipy.optimize import linprog
+        from scipy.optimize import linprog  # type: ignore[import-untyped]
 
         s, z, a = self.cells.T
         n, c, clients = len(self.cells), self.classes, self.law.shape[0]
@@ -210,7 +207,7 @@ class Frontier:
         s, z, a = self.cells.T
         out = np.zeros_like(self.law)
         np.add.at(out, (s, z), self.law[s, z, :, a][:, :, None] * np.maximum(k, 0)[:, None, :])
-        return out
+        return np.asarray(out)
 
     def _accuracy(self, k: Array) -> float:
         s, z, a = self.cells.T
@@ -248,10 +245,9 @@ def _slope(masses: Array, groups: Array) -> Array:
     out = np.zeros_like(r)
     held = share > 0
     out[held] = np.log2(r[held] / share[held])
-    return out
+    return np.asarray(out)
 
 
 def points(bounds: Sequence[Bound], along: Literal["global", "local"]) -> list[tuple[float, float]]:
     """A curve as (budget in bits, accuracy)."""
-    pick = (lambda b: b.budget_global) if along == "global" else (lambda b: b.budget_local)
-    return [(float(pick(b) or 0.0), b.accuracy) for b in bounds]
+    return [((b.budget_global if along == "global" else b.budget_local) or 0.0, b.accuracy) for b in bounds]

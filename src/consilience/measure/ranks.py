@@ -42,9 +42,7 @@ class Ranks:
         return self.critical < len(self.order) - 1
 
 
-def rank_methods(
-    scores: Mapping[str, Mapping[str, float]], *, lower: bool = False, alpha: float = 0.05
-) -> Ranks:
+def rank_methods(scores: Mapping[str, Mapping[str, float]], *, lower: bool = False, alpha: float = 0.05) -> Ranks:
     """Ranks of ``scores[federation][method]`` (means over seeds), ties sharing the mean of their ranks.
 
     Federations count as independent, seeds within one do not: they are averaged before. Raises ConfigError below two

@@ -43,7 +43,8 @@ def groups_section(facts: Facts, number: int) -> str:
         "Counts are of the models that clients would deploy, on their own test rows. Parity: the largest difference "
         "between two groups in how often a class is predicted. Opportunity: in how often it is found where it is right "
         "(class 1 of two). Odds: in any rate of predictions given the true class. Worst: the client where it is "
-        "largest; with few rows that is mostly chance. One thousandth of a bit (mbit): what a prediction tells about the group, over everybody "
+        "largest; with few rows that is mostly chance. Thousandths of a bit (mbit): what a prediction tells about the "
+        "group, over everybody "
         "(global) and within clients (local); global = unique + redundant, local = unique + masked (Hamman and Dutta, "
         "ICLR 2024). Chance: about what predictions that tell nothing would read with so few rows."
     )
@@ -88,7 +89,9 @@ def _attribute(facts: Facts, name: str, means: Mapping[str, Mapping[str, Mapping
     return (
         head
         + table(caption, f"Differences by {name}", columns, rows)
-        + details(f"{facts.best.name}: every group and client, by {name}", _of_best(facts, name, [str(w) for w in words]))
+        + details(
+            f"{facts.best.name}: every group and client, by {name}", _of_best(facts, name, [str(w) for w in words])
+        )
     )
 
 
@@ -149,9 +152,10 @@ def _finding(facts: Facts, name: str, means: Mapping[str, Mapping[str, Mapping[s
     told = "little more than chance with so few rows" if few else where
     opportunity = found["equal_opportunity"]
     rightly = f" and {fixed(100 * opportunity)} points in how often it is found" if opportunity is not None else ""
+    parity = fixed(100 * found["demographic_parity"])
     return (
-        f"With {escape(facts.best.name)}, groups by {escape(name)} differ by {fixed(100 * found['demographic_parity'])} "
-        f"points in how often a class is predicted{rightly}: {told}."
+        f"With {escape(facts.best.name)}, groups by {escape(name)} differ by {parity} points in how often a class is "
+        f"predicted{rightly}: {told}."
     )
 
 

@@ -98,14 +98,14 @@ EMPTY: dict[str, Any] = {
 
 
 def _ranks_section(ranks: Ranks) -> tuple[str, str]:
-    finding = (
-        f"Mean ranks that differ by less than {fixed(ranks.critical, 2)} may differ by chance; a bar joins such methods."
-    )
+    near = fixed(ranks.critical, 2)
+    finding = f"Mean ranks that differ by less than {near} may differ by chance; a bar joins such methods."
     test = "exact" if ranks.exact else "by Iman and Davenport&rsquo;s F"
     text = (
         "Rank 1 is best; ties share the mean of their ranks. A federation counts once: seeds within it are averaged "
         f"before. Friedman&rsquo;s test, {test}: {p_value(ranks.p)}; with so few federations the smallest possible is "
-        f"{p_value(ranks.smallest)}. Nemenyi&rsquo;s critical difference at &alpha; = {ranks.alpha:g} (Dem&scaron;ar, JMLR 2006)."
+        f"{p_value(ranks.smallest)}. Nemenyi&rsquo;s critical difference at &alpha; = {ranks.alpha:g} "
+        "(Dem&scaron;ar, JMLR 2006)."
     )
     return finding, f'<figure><div class="plot">{rank_plot(ranks)}</div></figure>{note(text)}'
 
@@ -171,6 +171,8 @@ def _scores_section(titles: Mapping[str, str], boards: Boards, ranks: Ranks) -> 
         rows.append((f'<a href="{escape(part)}/report.html">{escape(titles[part])}</a>', cells))
     mean = [Cell(fixed(ranks.mean[m], 2), ranks.mean[m]) for m in ranks.order]
     inner = table("Scores on every federation.", "Scores", columns, [*rows, ("Mean rank", mean)])
-    inner += note(f"{scale.noun.capitalize()}, mean over seeds; bold: best. Each name leads to the federation&rsquo;s own report.")
+    inner += note(
+        f"{scale.noun.capitalize()}, mean over seeds; bold: best. Each name leads to the federation&rsquo;s own report."
+    )
     seeds = min(row["seeds"] for board in boards.values() for row in board)
     return f"Every federation was run with {plural(seeds, 'seed')} or more.", inner

@@ -42,7 +42,10 @@ def _units(facts: Facts, costs: dict[str, dict[str, Cost]]) -> list[tuple[str, s
         return [of[key].beyond / _shared(facts, e, key) for e in facts.entries if (of := costs[e.label])]
 
     units = [("rounds", "Rounds", Unit("", 1, 0)), ("bytes", "Traffic", byte_unit(largest("bytes")))]
-    units += [("samples", "Samples", count_unit(largest("samples"))), ("wall_s", "Wall time", time_unit(largest("wall_s")))]
+    units += [
+        ("samples", "Samples", count_unit(largest("samples"))),
+        ("wall_s", "Wall time", time_unit(largest("wall_s"))),
+    ]
     if facts.virtual:
         units.append(("virtual_s", "Virtual time", time_unit(largest("virtual_s"))))
     return units
@@ -89,5 +92,9 @@ def _finding(facts: Facts, target: float, goal: str) -> str:
     rest = [w for w, e in known if e is not first]
     never = len(facts.ranked) - len(known)
     if rest:
-        told += f"; the others that do take {median(rest):,.0f}" if len(rest) == 1 else f"; the others take {min(rest):,.0f} to {max(rest):,.0f}"
+        told += (
+            f"; the others that do take {median(rest):,.0f}"
+            if len(rest) == 1
+            else f"; the others take {min(rest):,.0f} to {max(rest):,.0f}"
+        )
     return told + (f"; {plural(never, 'method')} did not in most runs." if never else ".")

@@ -132,7 +132,10 @@ def target_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         table.add_column(head, justify="right", no_wrap=True)
     for row in known:
         costs = [(row["to_target"][key], unit) for key, unit in units.items()]
-        cells = [unit.number(c["median"]) if c["median"] is not None else f"> {unit.number(c['beyond'])}" for c, unit in costs]
+        cells = [
+            unit.number(c["median"]) if c["median"] is not None else f"> {unit.number(c['beyond'])}"
+            for c, unit in costs
+        ]
         table.add_row(str(row["method"]), f"{row['reached']} of {row['seeds']}", *cells)
     return table
 

@@ -32,8 +32,12 @@ def tuning_section(facts: Facts, number: int) -> str:
     record = read_tuning(facts.folder)
     assert record is not None
     scale, budget = facts.scale, int(record["budget"])
-    columns = [Column("Method"), Column("Searched"), Column("Trials")]
-    columns += [Column("As given", f"validation {scale.unit}".strip()), Column("Best", "validation"), Column("Options that won")]
+    columns = [Column("Method"), Column("Searched", css="l"), Column("Trials")]
+    columns += [
+        Column("As given", f"validation {scale.unit}".strip()),
+        Column("Best", "validation"),
+        Column("Options that won", css="l"),
+    ]
     rows = []
     for entry in facts.entries:
         own = record["methods"].get(entry.label)
@@ -65,7 +69,12 @@ def tuning_section(facts: Facts, number: int) -> str:
 
 
 def _trials(facts: Facts, record: dict[str, Any]) -> str:
-    columns = [Column("Method"), Column("Trial", up=True), Column("Validation", facts.scale.unit), Column("Options")]
+    columns = [
+        Column("Method"),
+        Column("Trial", up=True),
+        Column("Validation", facts.scale.unit),
+        Column("Options", css="l"),
+    ]
     rows = []
     for entry in facts.entries:
         for i, trial in enumerate(record["methods"].get(entry.label, {}).get("trials", ()), 1):
