@@ -132,7 +132,12 @@ def judged(runs: Mapping[str, list[dict[str, Any]]], sweep: Mapping[str, dict[st
         "redundant disparity grows with the share of a sex at one client",
         "larger at each share of the sweep than at the one before",
         all(b > a for a, b in pairwise(redundant)),
-        {str(share): round(1000 * value, 2) for share, value in zip(SHARES, redundant, strict=True)},
+        {
+            str(
+                share
+            ): f"{1000 * sweep[f'sex:{share}']['redundant']:.1f} of {1000 * sweep[f'sex:{share}']['global_bits']:.1f}"
+            for share in SHARES
+        },
     )
     for scenario, says, rule in (
         ("random", "global and local fairness cost the same", "bounds within 0.5 points"),

@@ -51,7 +51,7 @@ class Config(BaseModel):
     split: Annotated[tuple[float, ...], BeforeValidator(_listed)] = Field(
         (0.8, 0.1, 0.1), description="shares of each client's rows to train, validate and test on"
     )
-    sensitive: Listed = Field([], description="columns kept as sensitive attributes")
+    sensitive: Listed = Field([], description="columns of groups to report differences between")
     public: int = Field(0, ge=0, description="unlabelled rows that everybody may see")
     unseen: Share = Field(0, ge=0, description="clients that never train: a fraction or a count")
     participation: Share = Field(1.0, gt=0, description="clients a round: a fraction (with a point) or a count")

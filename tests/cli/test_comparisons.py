@@ -81,9 +81,10 @@ def test_tuning_is_the_same_after_a_kill(tmp_path: Path) -> None:
         values = [trial["value"] for trial in own["trials"]]
         assert values[own["best"]] == max(values)
         folder = tmp_path / "whole" / f"{label.replace(':', '_')}-seed1"
-        assert yaml.safe_load((folder / "config.yaml").read_text())["options"]["lr"] == own["trials"][own["best"]][
-            "options"
-        ]["lr"]
+        assert (
+            yaml.safe_load((folder / "config.yaml").read_text())["options"]["lr"]
+            == own["trials"][own["best"]]["options"]["lr"]
+        )
     assert "Every method had 3 trials" in (tmp_path / "whole" / "report.html").read_text()
 
     killed = consilience(*options, "--out", "killed", cwd=tmp_path, env={"CONSILIENCE_FAILPOINT": "aggregate:10"})
@@ -138,7 +139,10 @@ def test_several_federations(tmp_path: Path) -> None:
         (["--federation", "partition=iid", "--federation", "partition=iid"], "given twice"),
         (["--federation", "partiton=iid", "--federation", "clients=3"], "did you mean 'partition'"),
         (["--federation", "seed=1", "--federation", "clients=3"], "'seed' is no option of a federation"),
-        (["--federation", "clients=3", "--federation", "partition=natural:nobody"], "federation partition=natural:nobody:"),
+        (
+            ["--federation", "clients=3", "--federation", "partition=natural:nobody"],
+            "federation partition=natural:nobody:",
+        ),
         (["--sensitive", "sex"], "no column 'sex' to be sensitive"),
     ],
 )

@@ -16,9 +16,7 @@ from consilience.measure.ranks import critical_difference, exact_p, friedman_sta
 
 def drawn(n: int, k: int, seed: int, ties: bool = False) -> dict[str, dict[str, float]]:
     rng = random.Random(seed)
-    return {
-        f"f{i}": {f"m{j}": round(rng.random() + 0.2 * j, 1 if ties else 9) for j in range(k)} for i in range(n)
-    }
+    return {f"f{i}": {f"m{j}": round(rng.random() + 0.2 * j, 1 if ties else 9) for j in range(k)} for i in range(n)}
 
 
 @pytest.mark.parametrize(("n", "k", "ties"), [(5, 3, False), (8, 4, True), (12, 5, False), (6, 6, True)])
