@@ -152,7 +152,8 @@ def test_commands_are_right(command: str) -> None:
         if key not in {*Config.model_fields, *TRAINING, *COMPARE_KEYS, "federation"}
     }
     assert name == "run" or not own
-    options |= {"federations": [federation] for federation in [options.pop("federation", None)] if federation}  # type: ignore[dict-item]
+    if "federation" in options:
+        options["federations"] = [options.pop("federation")]  # type: ignore[assignment]
     settings = settle(options)
     for text in names:
         assert methods.get(text.partition(":")[0]).options().keys() >= own.keys()

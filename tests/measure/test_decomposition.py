@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from consilience.core.errors import DataError
-from consilience.measure.decomposition import Disparities, decompose
+from consilience.measure.decomposition import Disparities, decompose, unique_information
 
 
 def law(p: Callable[[int, int], dict[int, float]]) -> np.ndarray:
@@ -146,3 +146,14 @@ def test_many_clients() -> None:
     found = decompose(p)
     assert found.gap <= 1e-8
     assert 0 <= found.unique <= found.global_ < found.local
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_gap_is_honest(seed: int) -> None:
+    """Stopped early, the value is above the least by no more than the gap that it comes with."""
+    p = np.random.default_rng(seed).dirichlet(np.ones(24)).reshape(2, 3, 4)
+    least, _ = unique_information(p)
+    for tolerance in (1e-1, 1e-2, 1e-3):
+        value, gap = unique_information(p, tolerance)
+        assert gap <= tolerance
+        assert -1e-9 <= value - least <= gap
