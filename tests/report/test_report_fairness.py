@@ -142,3 +142,14 @@ def test_the_page_over_federations(tmp_path: Path) -> None:
     assert plot.count('stroke="var(--ink3)"') == len(ranks.cliques) == 2
     few = rank_methods({k: scores[k] for k in ("f0", "f1")})
     assert "so few federations cannot show a difference between 3 methods" in verdict(few)
+
+
+def test_evenness_between_clients(make_compare: Make) -> None:
+    folder = make_compare(["fedavg", "local"], 2)
+    facts = gather(folder)
+    text = told(write_report(folder))
+    best = facts.best
+    std = [run.history[-1]["clients"]["std"] for run in best.runs]
+    assert f"{sum(s * s for s in std) / 2 * 1e4:.1f}" in text
+    assert f"{len(best.losers)} of {len(best.gains)}" in text
+    assert "Worst gain" in text

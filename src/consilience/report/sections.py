@@ -9,6 +9,7 @@ from typing import Any
 
 from consilience.report import answer
 from consilience.report.blob import HEAT, axes, client_order, curve, measures, partitions, strip_blob
+from consilience.report.evenness import evenness_table
 from consilience.report.facts import Dot, Entry, Facts, held, unfinished
 from consilience.report.markup import Cell, Column, details, empty, mark, named, note, radios, section, table
 from consilience.report.words import NBSP, NONE, plural
@@ -116,7 +117,7 @@ def clients_section(facts: Facts, number: int) -> str:
             )
     inner = (
         f"{intro}<figure><figcaption>{caption}</figcaption>"
-        f'<div class="plot" id="strip"></div></figure>{_clients_table(facts)}'
+        f'<div class="plot" id="strip"></div></figure>{evenness_table(facts)}{_clients_table(facts)}'
     )
     return section("clients", number, title, answer.clients_finding(facts), inner)
 

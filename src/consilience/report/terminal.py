@@ -163,6 +163,10 @@ def run_summary(run: RunFolder) -> Table:
         value = last_of(run, *keys)
         if value is not None:
             table.add_row(title, scale.text(value))
+    for name in run.federation.get("sensitive") or ():
+        gap = last_of(run, "clients", "groups", name, "demographic_parity")
+        if gap is not None:
+            table.add_row(f"Parity between groups by {name}", f"{accuracy.gap(gap)} apart")
     for title, key, unit in (
         ("Bytes up", "bytes_up", byte_unit),
         ("Bytes down", "bytes_down", byte_unit),
