@@ -21,7 +21,8 @@ def evenness_table(facts: Facts) -> str:
     if gains:
         columns += [Column("Mean gain", scale.points), Column("Worst gain", scale.points), Column("Lose", "", True)]
     rows = [(named(e), _cells(facts, e, gains)) for e in entries]
-    shown = table("How even each method is between clients.", "Evenness between clients", columns, rows)
+    head = "<h3 class=part>Evenness between clients</h3>"
+    shown = head + table("How even each method is between clients.", "Evenness between clients", columns, rows)
     text = "After the last round, each client counting once; mean over seeds."
     return shown + note(text + (" Gains are over training alone, on the same partition." if gains else ""))
 
