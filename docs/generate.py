@@ -15,7 +15,7 @@ from consilience import methods
 from consilience.cards import cards
 from consilience.config import TRAINING, Config
 from consilience.core.method import Method
-from consilience.data import datasets, spec
+from consilience.data import spec
 
 DOCS = Path(__file__).parent
 
@@ -74,7 +74,7 @@ def training() -> str:
 def usage() -> str:
     """How each part of a partition is written, and the names of data sets."""
     parts = table(("part", "kind", "usage"), [(f"`{n}`", spec._KIND[n], spec._USAGE[n]) for n in spec._KIND])
-    return f"Data sets: {', '.join(f'`{name}`' for name in datasets.NAMES)}.\n\n{parts}"
+    return f"Data sets: {', '.join(f'`{name}`' for name in spec.NAMES)}.\n\n{parts}"
 
 
 def method_table() -> str:

@@ -156,6 +156,7 @@ class Memory:
         self.clients: list[dict[str, Any]] = []
         self.dropped: list[tuple[int, Refusal]] = []
         self.snapshots: dict[int, Snapshot] = {}
+        self.timeline: list[dict[str, Any]] = []
 
     def line(self, record: dict[str, Any], clients: Sequence[dict[str, Any]]) -> None:
         self.lines.append({key: value for key, value in record.items() if key != "wall_s"})
@@ -163,6 +164,9 @@ class Memory:
 
     def refused(self, version: int, refusals: Sequence[Refusal]) -> None:
         self.dropped.extend((version, refusal) for refusal in refusals)
+
+    def jobs(self, records: Sequence[dict[str, Any]]) -> None:
+        self.timeline.extend(records)
 
     def checkpoint(self, snapshot: Snapshot) -> None:
         self.snapshots[snapshot.version] = snapshot
@@ -222,6 +226,71 @@ class Spoiler(FedAvg):
         if site.id == self.bad and site.job.round <= self.until:
             update = ModelUpdate(_spoiled(update.model))
         return update, state
+
+
+@dataclass(frozen=True)
+class SpoiledTwice(Spoiler):
+    """A round of two chains; the second fails for whoever was refused in the first."""
+
+    def program(self) -> tuple[Phase, ...]:
+        return (Phase("one"), Phase("two"))
+
+    def client_update(self, phase: Phase, site: Site, message: Tree, state: Tree) -> tuple[Tree, Tree]:
+        if phase.name == "two":
+            assert site.id != self.bad, "refused, and asked again"
+            return FedAvg.client_update(self, phase, site, message, state)
+        return super().client_update(phase, site, message, state)
+
+
+@dataclass(frozen=True)
+class Careless(FedAvg):
+    """Client 1 changes in round 2 what it was given: the message, or its own state."""
+
+    what: str = option("message", "message, state or server")
+
+    def init_client(self, site: Site) -> Tree:
+        return {"seen": torch.zeros(2)}
+
+    def client_update(self, phase: Phase, site: Site, message: Tree, state: Tree) -> tuple[Tree, Tree]:
+        if site.id == 1 and site.job.round == 2:
+            if self.what == "message":
+                message.model.params["head.bias"].view(-1)[0] += 1
+            if self.what == "state":
+                state["seen"].mul_(2)
+        update, _ = super().client_update(phase, site, message, state)
+        return update, {"seen": state["seen"] + 1}
+
+    def aggregate(self, phase: Phase, host: Any, server: Tree, replies: Any, cohort: Any) -> Tree:
+        if self.what == "server":
+            server.model.params["head.bias"].zero_()
+        return super().aggregate(phase, host, server, replies, cohort)
+
+
+@dataclass(frozen=True)
+class BreaksWhenJudged(FedAvg):
+    """Fails in a stage of judging."""
+
+    stage: str = option("trained_model", "where")
+
+    def _fail(self, stage: str) -> None:
+        if stage == self.stage:
+            raise ValueError("boom")
+
+    def init_client(self, site: Site) -> Tree:
+        self._fail("init_client")
+        return None
+
+    def client_update(self, phase: Phase, site: Site, message: Tree, state: Tree) -> tuple[Tree, Tree]:
+        self._fail("client_update")
+        return super().client_update(phase, site, message, state)
+
+    def personal_model(self, site: Site, message: Tree, state: Tree) -> Any:
+        self._fail("personal_model")
+        return super().personal_model(site, message, state)
+
+    def trained_model(self, site: Site, message: Tree, update: Tree, state: Tree) -> Any:
+        self._fail("trained_model")
+        return super().trained_model(site, message, update, state)
 
 
 @dataclass(frozen=True)

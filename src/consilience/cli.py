@@ -8,9 +8,11 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
+import click
 import typer
+from typer.core import TyperArgument, TyperCommand
 
 from consilience import __version__
 from consilience.config import TRAINING, Config, Settings, parse_method, settle
@@ -18,6 +20,23 @@ from consilience.core.errors import ClientError, ConfigError, ConsilienceError, 
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+class Command(TyperCommand):
+    """A command whose help is as it was written: beside a newer click, typer forgets the help of arguments, and
+    beside rich it writes ``\\[required]``."""
+
+    def get_help(self, ctx: click.Context) -> str:
+        """The whole help text."""
+        hints = get_type_hints(getattr(self.callback, "__wrapped__", self.callback), include_extras=True)
+        for param in self.params:
+            if isinstance(param, TyperArgument) and param.name:
+                param.help = hints[param.name].__metadata__[0].help
+        return super().get_help(ctx).replace("\\[", "[")
+
+    def format_arguments(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Nothing: typer's part of the help has the arguments, and click's newer one would repeat them."""
+
 
 app = typer.Typer(
     help="Heterogeneous federated learning, compared honestly.",
@@ -96,7 +115,7 @@ INTERRUPTED = 130
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
-@app.command("run", context_settings=EXTRA)
+@app.command("run", cls=Command, context_settings=EXTRA)
 @_shared
 def run_command(
     context: typer.Context,
@@ -114,7 +133,8 @@ def run_command(
         _compare(settings, [spec_text], as_json)
         return
     (spec,) = experiment.specs(settings, [spec_text])
-    experiment.check(spec, experiment.make_federation(spec.config))
+    federation = experiment.make_federation(spec.config)
+    experiment.check(spec, federation)
     folder = Path(settings.config.out or experiment.default_folder(spec.method))
     out, err = _consoles()
     from consilience.report.load import RunFolder
@@ -124,8 +144,9 @@ def run_command(
         result = experiment.run_one(
             spec,
             folder,
+            federation,
             command=experiment.command_line(),
-            on_line=lambda line: progress.update(spec.label, line["round"], _accuracy(line)),
+            on_line=lambda line: progress.update(spec.label, line),
         )
     if as_json:
         typer.echo(
@@ -146,7 +167,7 @@ def _tell_refused(err: Console, result: Any) -> None:
         )
 
 
-@app.command("compare")
+@app.command("compare", cls=Command)
 @_shared
 def compare_command(
     methods: Annotated[list[str] | None, typer.Argument(help="methods, as METHOD or METHOD:key=value,...")] = None,
@@ -197,7 +218,7 @@ def _compare(settings: Settings, names: Sequence[str], as_json: bool) -> None:
             names,
             folder,
             command=experiment.command_line(),
-            on_line=lambda label, line: progress.update(label, line["round"], _accuracy(line)),
+            on_line=progress.update,
             tell=lambda text: err.print(text, markup=False, highlight=False),
         )
     _show_leaderboard(rows, folder, as_json)
@@ -211,12 +232,6 @@ def _show_leaderboard(rows: list[dict[str, Any]], folder: Path, as_json: bool) -
         return
     show_comparison(_consoles()[0], rows, folder)
     typer.echo(f"report: {folder / 'report.html'}")
-
-
-def _accuracy(line: dict[str, Any]) -> float | None:
-    """The number to show while a run goes on."""
-    found: float | None = line.get("global", {}).get("accuracy")
-    return found if found is not None else line.get("clients", {}).get("mean")
 
 
 def _with_extra(method: str, extra: Sequence[str]) -> str:
@@ -239,19 +254,19 @@ def _with_extra(method: str, extra: Sequence[str]) -> str:
 
 
 def _own_option(method: str, flag: str) -> str:
-    """The method's field that ``--flag`` names. Raises ConfigError with the nearest option of all."""
+    """The method's field that ``--flag`` names. Raises ConfigError with the nearest option of all, or who has it."""
     from consilience import methods
 
-    key = flag[2:].replace("-", "_")
+    key = flag.lstrip("-").replace("-", "_")
     name, _ = parse_method(method)
     cls = methods.get(name)
     if key not in cls.options():
         known = [f"--{k.replace('_', '-')}" for k in [*Config.model_fields, *cls.options()]]
-        raise ConfigError(f"no option '{flag}' of run or {name}{nearest(flag, known)}")
+        raise ConfigError(f"no option '{flag}' of run or {name}{methods.takers(key) or nearest(flag, known)}")
     return key
 
 
-@app.command("methods")
+@app.command("methods", cls=Command)
 def methods_command(
     name: Annotated[str | None, typer.Argument(help="show this method's card")] = None,
     as_json: AsJson = False,
@@ -269,7 +284,7 @@ def methods_command(
         show_card(out, name)
 
 
-@app.command("plan")
+@app.command("plan", cls=Command)
 @_shared
 def plan_command(
     methods: Annotated[list[str], typer.Argument(help="methods, as METHOD or METHOD:key=value,...")],
@@ -288,7 +303,7 @@ def plan_command(
         _consoles()[0].print(plan_table(rows))
 
 
-@app.command("report")
+@app.command("report", cls=Command)
 def report_command(folder: Folder) -> None:
     """Write report.html (and a comparison's leaderboard.json) anew from the files of a folder."""
     from consilience import experiment
@@ -303,7 +318,7 @@ def report_command(folder: Folder) -> None:
         typer.echo(f"report: {write_report(folder)}")
 
 
-@app.command("resume")
+@app.command("resume", cls=Command)
 def resume_command(folder: Folder) -> None:
     """Go on with a run or comparison that was interrupted; the result is the same bits."""
     from consilience import experiment
@@ -313,11 +328,7 @@ def resume_command(folder: Folder) -> None:
     labels, rounds = experiment.labels(folder)
     out, err = _consoles()
     with Progress(err, labels=labels, rounds=rounds) as progress:
-        done = experiment.resume(
-            folder,
-            lambda label, line: progress.update(label, line["round"], _accuracy(line)),
-            lambda text: err.print(text, markup=False, highlight=False),
-        )
+        done = experiment.resume(folder, progress.update, lambda text: err.print(text, markup=False, highlight=False))
     if isinstance(done, list):
         _show_leaderboard(done, folder, False)
         return
@@ -325,7 +336,7 @@ def resume_command(folder: Folder) -> None:
     typer.echo(f"report: {folder / 'report.html'}")
 
 
-@app.command("digest")
+@app.command("digest", cls=Command)
 def digest_command(folder: Annotated[Path, typer.Argument(help="a run's folder")]) -> None:
     """Print SHA-256 of the final server state, all client states, and the history without wall times."""
     from consilience.exporting import digest
@@ -333,7 +344,7 @@ def digest_command(folder: Annotated[Path, typer.Argument(help="a run's folder")
     typer.echo(digest(folder), nl=False)
 
 
-@app.command("predict")
+@app.command("predict", cls=Command)
 def predict_command(
     folder: Annotated[Path, typer.Argument(help="a run's folder")],
     data: Annotated[str, typer.Argument(help="a data set by name, or a csv, parquet or npz file")],
@@ -347,18 +358,18 @@ def predict_command(
     from consilience.core.checkpoint import write_atomically
     from consilience.exporting import predict
 
-    names, rows, accuracy = predict(folder, data, client)
+    names, rows, right = predict(folder, data, client)
     text = io.StringIO()
     csv.writer(text).writerows([names, *rows])
     if out is None:
         typer.echo(text.getvalue(), nl=False)
     else:
         write_atomically(out, text.getvalue())
-    if accuracy is not None:
-        typer.echo(f"accuracy {accuracy:.4f} on {len(rows)} rows", err=True)
+    if right is not None:
+        typer.echo(f"accuracy {right.accuracy:.4f} on {right.rows} rows", err=True)
 
 
-@app.command("export")
+@app.command("export", cls=Command)
 def export_command(
     folder: Annotated[Path, typer.Argument(help="a run's folder")],
     client: OfClient = None,
@@ -373,11 +384,11 @@ def export_command(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 2 refused, 1 failed while running."""
-    import click
-
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
+    if os.getcwd() not in sys.path:  # for --model package.module:factory; last, so that it hides nothing installed
+        sys.path.append(os.getcwd())
     try:
         code = app(given, prog_name="consilience", standalone_mode=False)
         if code == INTERRUPTED:
@@ -396,8 +407,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(*_explained(error))
 
 
-def _usage(error: Any) -> str:
-    return str(error.format_message()).strip().rstrip(".")
+def _usage(error: click.ClickException) -> str:
+    if isinstance(error, click.NoSuchOption) and error.ctx is not None:
+        from consilience import methods
+
+        known = [name for param in error.ctx.command.params for name in param.opts if name.startswith("--")]
+        key = error.option_name.lstrip("-").replace("-", "_")
+        others = methods.takers(key) if error.ctx.command.name in ("compare", "plan") else ""
+        told = f"{others} (write METHOD:{key}=VALUE)" if others else nearest(error.option_name, known)
+        return f"no option '{error.option_name}' of {error.ctx.command.name}{told}"
+    return error.format_message().strip().rstrip(".")
 
 
 def _explained(error: Exception) -> tuple[str, int]:

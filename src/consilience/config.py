@@ -59,12 +59,20 @@ class Config(BaseModel):
     eval_every: int = Field(1, ge=1, description="rounds between judgements of the global model")
     eval_clients_every: int = Field(10, ge=0, description="rounds between judgements of clients; 0: only the end")
     eval_clients: int | None = Field(None, ge=1, description="clients judged (all)")
-    schedule: Literal["rounds"] | None = Field(None, description="when the server combines (the method's)")
+    fleet: str = Field("uniform", description="devices: a profile, a csv file, or package.module:function")
+    fleet_correlation: str = Field("0", description="RHO: fast devices have many rows; labels:RHO: certain labels")
+    availability: str = Field("always", description="when clients can be reached: a rule or a trace file")
+    drops: float = Field(0.0, ge=0, lt=1, description="chance that a job is lost on its way")
+    schedule: str | None = Field(None, description="when the server combines (the method's)")
+    concurrency: int | None = Field(None, ge=1, description="jobs in flight of an asynchronous schedule (the cohort)")
+    over_selection: float = Field(1.0, ge=1, description="times the cohort that a deadline's rounds ask")
+    late: Literal["discard", "partial"] = Field("discard", description="at a deadline: drop late work, or cut it short")
     topology: str = Field("complete", description="who exchanges with whom, for methods without a server")
+    mixing: Literal["metropolis", "uniform"] = Field("metropolis", description="weights of neighbours")
     init: str | None = Field(None, description="a safetensors file to start from")
     seed: int = Field(0, ge=0, description="of everything random")
     seeds: int = Field(1, ge=1, description="repetitions, with seeds seed, seed + 1, ...")
-    executor: Literal["auto", "serial", "processes"] = Field("auto", description="where clients run")
+    executor: Literal["auto", "serial", "processes", "stacked"] = Field("auto", description="where clients run")
     workers: int | None = Field(None, ge=1, description="worker processes (cores)")
     checkpoint_every: int = Field(10, ge=0, description="rounds between checkpoints; 0: only at the end")
     out: str | None = Field(None, description="folder to write (runs/...)")
@@ -124,7 +132,9 @@ def settle(given: Mapping[str, Any], file: str | Path | None = None) -> Settings
         raise ConfigError(_explain(error)) from None
     if isinstance(config.participation, float) and config.participation > 1:
         raise ConfigError(f"--participation {config.participation}: a fraction is at most 1.0; a count has no point")
-    return Settings(config, training, tuple(_spec(name) for name in names), reference, target, tune, federations)
+    return Settings(
+        _rooted(config), training, tuple(_spec(name) for name in names), reference, target, tune, federations
+    )
 
 
 def _at_least(value: Any, key: str, kind: type[Any], least: float) -> Any:
@@ -154,6 +164,21 @@ def _federation(entry: Any) -> dict[str, Any]:
             known = [k for k in Config.model_fields if k not in ("out", "seed", "seeds")]
             raise ConfigError(f"federations: '{key}' is no option of a federation{nearest(key, known)}")
     return found
+
+
+def _rooted(config: Config) -> Config:
+    """The configuration with absolute paths, so that what a run wrote down holds in any folder."""
+    from consilience.data.spec import NAMES, is_file
+
+    found = {"init": config.init and str(Path(config.init).absolute())}
+    name, _, rest = config.data.partition(":")
+    if name not in NAMES and Path(config.data).exists():
+        found["data"] = str(Path(config.data).absolute())
+    elif name == "fashion-mnist" and rest:
+        found["data"] = f"{name}:{Path(rest).absolute()}"
+    if is_file(config.partition):
+        found["partition"] = str(Path(config.partition).absolute())
+    return config.model_copy(update=found)
 
 
 def _explain(error: ValidationError) -> str:

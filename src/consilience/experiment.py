@@ -66,9 +66,8 @@ def specs(settings: Settings, names: Sequence[str]) -> list[RunSpec]:
     found = []
     for text in names:
         name, own = parse_method(text)
-        method = methods.get(name)
         options = {**settings.training, **own}
-        made = method.make(options)
+        made = methods.make(name, options)
         options = {key: getattr(made, key) for key in options}
         for k in range(settings.config.seeds):
             config = settings.config.model_copy(update={"seed": settings.config.seed + k, "seeds": 1})
@@ -105,17 +104,28 @@ def _arguments(spec: RunSpec, federation: Any) -> dict[str, Any]:
         "model": config.model,
         "models": config.models,
         "topology": config.topology,
+        "mixing": config.mixing,
         "seed": config.seed,
         "init": init,
     }
 
 
+def _timing(config: Config) -> dict[str, Any]:
+    """The arguments of ``run`` that say who is when where."""
+    keys = (
+        "fleet", "fleet_correlation", "availability", "drops", "schedule", "concurrency", "over_selection", "late",
+    )  # fmt: skip
+    return {key: getattr(config, key) for key in keys}
+
+
 def check(spec: RunSpec, federation: Any) -> Any:
     """Refuse what cannot run, before anything is written; returns the worker, for planning."""
     from consilience import methods
-    from consilience.simulate import prepare
+    from consilience.simulate import prepare, timing
 
-    return prepare(methods.get(spec.method).make(dict(spec.options)), federation, **_arguments(spec, federation))
+    worker = prepare(methods.make(spec.method, spec.options), federation, **_arguments(spec, federation))
+    timing(worker, participation=spec.config.participation, **_timing(spec.config))
+    return worker
 
 
 def execute(
@@ -125,21 +135,22 @@ def execute(
     command: str = "",
     resume: bool = False,
     executor: str | None = None,
+    federation: Any = None,
     on_line: Callable[[dict[str, Any]], None] | None = None,
 ) -> Any:
-    """Do one run and return its Result."""
+    """Do one run and return its Result. federation: the configuration's, if it has been made already."""
     from consilience import methods
     from consilience.simulate import run
 
     config = spec.config
-    federation = make_federation(config)
+    federation = federation or make_federation(config)
     return run(
-        methods.get(spec.method).make(dict(spec.options)),
+        methods.make(spec.method, spec.options),
         federation,
         **_arguments(spec, federation),
         rounds=config.rounds,
         participation=config.participation,
-        schedule=config.schedule,
+        **_timing(config),
         eval_every=config.eval_every,
         eval_clients_every=config.eval_clients_every,
         eval_clients=config.eval_clients,
@@ -160,12 +171,12 @@ def trial(spec: RunSpec, federation: Any) -> Any:
 
     config = spec.config
     return run(
-        methods.get(spec.method).make(dict(spec.options)),
+        methods.make(spec.method, spec.options),
         federation,
         **_arguments(spec, federation),
         rounds=config.rounds,
         participation=config.participation,
-        schedule=config.schedule,
+        **_timing(config),
         eval_every=config.rounds,
         eval_clients_every=0,
         eval_clients=1,
@@ -260,7 +271,7 @@ def _run_all(todo: Sequence[RunSpec], folder: Path, command: str, on_line: OnLin
         return
     config = todo[0].config
     workers = config.workers or cores()
-    if config.executor == "serial" or workers == 1 or len(todo) < workers:
+    if config.executor in ("serial", "stacked") or workers == 1 or len(todo) < workers:
         for spec in todo:
             _one(spec, folder, command, None, lambda line, label=spec.name: on_line(label, line))  # type: ignore[misc]
         return
@@ -399,6 +410,10 @@ def _report(folder: Path) -> Path:
 
 def read_spec(folder: Path) -> tuple[RunSpec, str]:
     """The run that a folder holds, and the command that began it. Raises ConfigError."""
+    if (folder / "compare.yaml").exists():
+        inside = sorted(path.parent.name for path in folder.glob("*/config.yaml"))
+        runs = f"name one of its runs: {', '.join(inside)}" if inside else "none of its runs has begun"
+        raise ConfigError(f"{folder} is a comparison; {runs}")
     if not (folder / "config.yaml").exists():
         raise ConfigError(f"{folder}: no run there (no config.yaml)")
     record = read_yaml(folder / "config.yaml")
@@ -410,9 +425,11 @@ def read_spec(folder: Path) -> tuple[RunSpec, str]:
         raise ConfigError(f"{folder / 'config.yaml'}: {error} is missing; this is not the file of a run") from None
 
 
-def run_one(spec: RunSpec, folder: Path, *, command: str, on_line: Callable[[dict[str, Any]], None]) -> Any:
-    """Do one run and write its report."""
-    result = execute(spec, folder, command=command, on_line=on_line)
+def run_one(
+    spec: RunSpec, folder: Path, federation: Any, *, command: str, on_line: Callable[[dict[str, Any]], None]
+) -> Any:
+    """Do one run on the federation of its configuration and write its report."""
+    result = execute(spec, folder, command=command, federation=federation, on_line=on_line)
     _report(folder)
     return result
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,11 +83,20 @@ def digest(folder: Path) -> str:
     return digest_text(snapshot, read_lines(folder / "history.jsonl"))
 
 
-def predict(folder: Path, data: str, client: int | None = None) -> tuple[list[str], list[list[Any]], float | None]:
-    """Predictions for ``data``: column names, rows, and the accuracy if the data has labels.
+@dataclass(frozen=True)
+class Right:
+    """The share of right predictions among the rows that have a label, and how many those are."""
+
+    accuracy: float
+    rows: int
+
+
+def predict(folder: Path, data: str, client: int | None = None) -> tuple[list[str], list[list[Any]], Right | None]:
+    """Predictions for ``data``: column names, rows, and how many are right if the data has labels.
 
     data: a data set by name (its test set if it has one), or a csv, parquet or npz file with the inputs the run
-    had; columns that were no inputs are ignored.
+    had. Its label is in the column in which the run's was, or in one called as a target may be; columns that were
+    no inputs are ignored. A label that is no class of the run counts as wrong.
     """
     run = read_run(folder)
     x, y = _inputs(run, data)
@@ -101,15 +111,23 @@ def predict(folder: Path, data: str, client: int | None = None) -> tuple[list[st
     found = scores.argmax(1)
     probability = scores.double().softmax(1)
     rows = [[classes[int(c)], *p] for c, p in zip(found, probability.tolist(), strict=True)]
-    accuracy = None if y is None else float((found == y).double().mean())
-    return ["predicted", *(f"p_{name}" for name in classes)], rows, accuracy
+    return ["predicted", *(f"p_{name}" for name in classes)], rows, _right(found, y)
+
+
+def _right(found: Tensor, y: Tensor | None) -> Right | None:
+    known = None if y is None else y > -2
+    if y is None or known is None or not known.any():
+        return None
+    return Right(float((found == y)[known].double().mean()), int(known.sum()))
 
 
 def _inputs(run: Finished, data: str) -> tuple[Tensor, Tensor | None]:
-    """Inputs as the run's models take them, and labels if there are any."""
-    from consilience.data.datasets import NAMES, load
+    """Inputs as the run's models take them, and labels ``(n,)`` if there are any, as :func:`labels` numbers them."""
+    from consilience.data.datasets import load
     from consilience.data.preprocess import Table, apply, table_from_frame
-    from consilience.data.read import SUFFIXES, read_arrays, read_frame
+    from consilience.data.raw import inputs as raw_inputs
+    from consilience.data.read import SUFFIXES, labels, read_arrays, read_frame
+    from consilience.data.spec import NAMES
 
     federation = run.federation
     statistics = getattr(federation, "statistics", None)
@@ -123,7 +141,9 @@ def _inputs(run: Finished, data: str) -> tuple[Tensor, Tensor | None]:
         arrays = read_arrays(path)
         if "x" not in arrays:
             raise DataError(f"{path} has no array 'x'; it has {', '.join(arrays) or 'none'}")
-        x, y = arrays["x"].astype(np.float32), arrays.get("y")
+        x, y = raw_inputs(arrays["x"], str(path)), arrays.get("y")
+        if y is not None and federation.task.classes:
+            y = labels(y, federation.task.classes)
     elif path.suffix.lower() in SUFFIXES:
         if statistics is None:
             raise DataError(f"{path}: this run's inputs were arrays, not a table; give an npz file with an array x")
@@ -132,6 +152,9 @@ def _inputs(run: Finished, data: str) -> tuple[Tensor, Tensor | None]:
         if missing:
             raise DataError(f"{path} has no column '{missing[0]}', which the model needs")
         x, y = table_from_frame(frame[list(statistics.columns)], str(path)), None
+        target = _target(run, list(frame.columns))
+        if target is not None:
+            y = labels(frame[target].to_numpy(), federation.task.classes)
     else:
         raise DataError(f"{data}: neither a data set ({', '.join(NAMES)}) nor a {', '.join(SUFFIXES)} file")
     if isinstance(x, Table):
@@ -140,6 +163,17 @@ def _inputs(run: Finished, data: str) -> tuple[Tensor, Tensor | None]:
         x = apply(Table(tuple(c for c in x.columns if c.name in statistics.columns)), statistics)
     known = y is not None and y.dtype.kind in "iu"
     return torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(np.asarray(y, np.int64)) if known else None
+
+
+def _target(run: Finished, columns: Sequence[str]) -> str | None:
+    """The column of a table that holds the labels of a run's task, if one does."""
+    from consilience.data.read import TARGETS
+
+    if run.federation.task.kind != "classification":
+        return None
+    statistics: Any = getattr(run.federation, "statistics", None)
+    names = [run.federation.about.get("target"), *TARGETS]
+    return next((name for name in names if name in columns and name not in statistics.columns), None)
 
 
 def export(folder: Path, out: Path, client: int | None = None) -> list[Path]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from consilience import experiment
-from consilience.config import Settings
+from consilience.config import Config, Settings
 from consilience.core import tree as tr
 from consilience.core.encode import encoded_size
 from consilience.core.events import cohort_size
@@ -20,12 +21,19 @@ from consilience.simulate import single_thread
 if TYPE_CHECKING:
     from rich.table import Table
 
+REPEATS, PATIENCE = 5, 1.0
+"""Most repetitions of a measurement, and the seconds after which no further one is begun."""
+BESIDE = 1.5
+"""How much longer a call is allowed to take where every core is busy with another: they share caches and memory."""
+
 
 def plan(settings: Settings, names: Sequence[str]) -> list[dict[str, Any]]:
     """A row per method: seconds, bytes up and down and peak memory of one run, with how sure they can be.
 
     Bytes are exact for methods whose messages do not change in size. Seconds scale one measured client of median
-    size; memory is data plus models, without what Python and torch take.
+    size, the quickest of some repetitions; they are a range up to ``seconds_high``, which holds if all repetitions
+    were as slow as the slowest, cores hinder each other, and what else runs on this machine goes on. Memory is data
+    plus models, without what Python and torch take.
     """
     rows = []
     for text in dict.fromkeys(names):
@@ -47,14 +55,11 @@ def _row(spec: experiment.RunSpec, worker: Worker) -> dict[str, Any]:
     info = ClientInfo(client, federation.size(client), worker.place.model_of(client))
     message = worker.method.broadcast(worker.program[phase], server, info)
     call = Call("train", (Job(0, client, 1, 0, 0, phase), None), message)
-    worker.run(call)  # once to warm up
-    began = time.perf_counter()
-    work, state = worker.run(call)
-    train = time.perf_counter() - began
-    mean = statistics.fmean(size for size, _ in sizes) / max(1, federation.size(client))
-    judged = _judging(worker, server)
-    lines = -(-config.rounds // config.eval_every)
-    seconds = (config.rounds * cohort * train * mean + lines * judged) / workers
+    work, state = worker.run(call)  # once to warm up
+    scale = statistics.fmean(size for size, _ in sizes) / max(1, federation.size(client))
+    spans = [(config.rounds * cohort * scale, _timed(worker, call)), *_judging(worker, server, config, info)]
+    low, high = (sum(times * span[end] for times, span in spans) / workers for end in (0, 1))
+    high *= (BESIDE if workers > 1 else 1.0) * _load(workers)
     down = 0 if message is None else encoded_size(message)
     up = 0 if work.update is None else encoded_size(work.update)
     held = tr.nbytes(server) * (2 + workers) + cohort * up + len(federation.seen) * tr.nbytes(state)
@@ -63,22 +68,47 @@ def _row(spec: experiment.RunSpec, worker: Worker) -> dict[str, Any]:
         "rounds": config.rounds,
         "cohort": cohort,
         "workers": workers,
-        "seconds": round(seconds, 1),
+        "seconds": round(low, 1),
+        "seconds_high": round(high, 1),
         "bytes_down": config.rounds * cohort * down,
         "bytes_up": config.rounds * cohort * up,
         "memory": held + _data_bytes(worker),
     }
 
 
-def _judging(worker: Worker, server: Any) -> float:
-    """Seconds of one evaluation of the global model, from its first chunk."""
-    predictor = worker.method.global_model(server)
-    ranges = test_ranges(worker.federation, worker.place.chunk)
-    if predictor is None or not ranges:
-        return 0.0
-    began = time.perf_counter()
-    worker.run(Call("chunk", ranges[0], predictor))
-    return (time.perf_counter() - began) * len(ranges)
+def _timed(worker: Worker, call: Call) -> tuple[float, float]:
+    """Seconds of the quickest and the slowest of some repetitions."""
+    spent: list[float] = []
+    while len(spent) < REPEATS and (not spent or sum(spent) < PATIENCE):
+        began = time.perf_counter()
+        worker.run(call)
+        spent.append(time.perf_counter() - began)
+    return min(spent), max(spent)
+
+
+def _judging(
+    worker: Worker, server: Any, config: Config, info: ClientInfo
+) -> Iterator[tuple[float, tuple[float, float]]]:
+    """What evaluation does: how often it does it, and how long once takes."""
+    predictor, ranges = worker.method.global_model(server), test_ranges(worker.federation, worker.place.chunk)
+    if predictor is not None and ranges:
+        lines = -(-config.rounds // config.eval_every)
+        yield lines * len(ranges), _timed(worker, Call("chunk", ranges[0], predictor))
+    clients = min(worker.federation.n_clients, config.eval_clients or worker.federation.n_clients)
+    every = config.eval_clients_every
+    message = worker.method.deploy(server, info)
+    first = next(i for i, p in enumerate(worker.program) if p.when not in ("start", "end"))
+    job = Job(-1, info.id, 1, 0, 0, first)
+    times = (config.rounds - 1) // every if every else 0
+    for lines, train in ((times, False), (1, True)):
+        if lines:
+            yield lines * clients, _timed(worker, Call("judge", (job, None, train), message))
+
+
+def _load(workers: int) -> float:
+    """How much longer everything takes where the machine is busy already: processes that wait, for each core."""
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return max(1.0, (busy + workers) / (os.cpu_count() or 1))
 
 
 def _data_bytes(worker: Worker) -> int:
@@ -95,18 +125,28 @@ def plan_table(rows: Sequence[dict[str, Any]]) -> Table:
     title = (
         f"One run of {rows[0]['rounds']} rounds with {rows[0]['cohort']} clients each, on {rows[0]['workers']} workers"
     )
-    table = Table(title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD, pad_edge=False, min_width=len(title)
+    )
     for head in ("Method", "Time", "Down", "Up", "Memory"):
         table.add_column(head, justify="left" if head == "Method" else "right")
     for row in rows:
         amounts = (_amount(row[key]) for key in ("bytes_down", "bytes_up", "memory"))
-        table.add_row(row["method"], _duration(row["seconds"]), *amounts)
+        table.add_row(row["method"], _range(row["seconds"], row["seconds_high"]), *amounts)
     return table
+
+
+def _range(low: float, high: float) -> str:
+    """``40 s to 70 s``, or one of them where they read the same."""
+    ends = [_duration(low), _duration(high)]
+    return ends[0] if ends[0] == ends[1] else " to ".join(ends)
 
 
 def _duration(seconds: float) -> str:
     return (
-        f"{seconds:.0f} s"
+        f"{seconds:.1f} s"
+        if seconds < 10
+        else f"{seconds:.0f} s"
         if seconds < 120
         else f"{seconds / 60:.0f} min"
         if seconds < 7200

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load as safetensors_load
 
 from consilience.core import tree as tr
-from consilience.core.encode import DTYPES, DecodeError, Encoder, decode, encode, encoded_size
+from consilience.core.encode import DTYPES, MAX_DEPTH, DecodeError, Encoder, decode, encode, encoded_size
 from consilience.core.tree import record
 
 
@@ -152,6 +152,19 @@ def test_deep_nesting_is_refused() -> None:
         decode(blob({"__metadata__": {"tree": deep}}))
     with pytest.raises(DecodeError, match="nested"):
         decode(blob({"__metadata__": {"tree": '{"l":[' * 70 + "1" + "]}" * 70}}))
+
+
+def nested(depth: int) -> Any:
+    return 1 if depth == 0 else [nested(depth - 1)]
+
+
+def test_what_could_not_be_read_is_not_written() -> None:
+    for depth in (1, MAX_DEPTH - 1, MAX_DEPTH):
+        assert same(decode(encode(nested(depth))), nested(depth))
+    for depth in (MAX_DEPTH + 1, 5000 // 10):
+        for write in (encode, encoded_size):
+            with pytest.raises(ValueError, match=f"nested at most {MAX_DEPTH} deep"):
+                write(nested(depth))
 
 
 # --- damage ----------------------------------------------------------------------------------------------------

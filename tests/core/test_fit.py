@@ -32,7 +32,7 @@ from consilience.core import tree as tr
 from consilience.core.errors import ConfigError
 from consilience.core.federation import ClientData, Split, Task
 from consilience.core.fit import Plan
-from consilience.core.model import Architecture, Weights
+from consilience.core.model import Architecture, Instance, Weights
 from consilience.core.predict import Ensemble, Net
 from consilience.core.site import Site
 from consilience.methods.fedavg import FedAvg
@@ -95,6 +95,7 @@ def equal(a: Weights, b: Weights) -> bool:
             None,
         ),
         ({"clip": 0.3}, lambda p: torch.optim.SGD(p, lr=0.05), 0.3),
+        ({"clip": 0.3, "weight_decay": 0.5}, lambda p: torch.optim.SGD(p, lr=0.05, weight_decay=0.5), 0.3),
         ({"clip": 1e6, "lr": 0.7}, lambda p: torch.optim.SGD(p, lr=0.7), None),
         ({"optimizer": "adam"}, lambda p: torch.optim.Adam(p, lr=0.05), None),
         ({"optimizer": "adamw", "weight_decay": 0.1}, lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.1), None),
@@ -216,6 +217,18 @@ def test_grad_sum_is_the_sum_of_raw_gradients() -> None:
     assert tr.digest(fit.grad_sum) == tr.digest(total)
     assert fit.carry == len(seen) == 10
     assert at.fit(at.initial()).grad_sum == {}
+
+
+def test_clipping_is_of_the_loss_and_comes_before_weight_decay() -> None:
+    at = place(FedAvg(batch_size=5, clip=0.1, weight_decay=0.5, local_steps=1))
+    start, raw = at.initial(), place(FedAvg(batch_size=5, local_steps=1))
+    loss = raw.fit(start, sum_gradients=True).grad_sum
+    short = tr.scale(loss, 0.1 / (tr.norm(loss) + 1e-6))
+    assert tr.norm(loss) > 0.1
+    wanted = tr.axpy(-0.05, tr.axpy(0.5, start.params, short), start.params)
+    fit = at.fit(start, sum_gradients=True)
+    torch.testing.assert_close(vector(fit.weights.params), vector(wanted))
+    assert tr.digest(fit.grad_sum) == tr.digest(loss)  # neither clipped nor decayed
 
 
 def test_a_gradient_may_be_asked_for_again() -> None:
@@ -411,6 +424,32 @@ def test_initial_weights_depend_on_seed_architecture_and_component_only() -> Non
     assert len(digests) == 8
     same = Architecture("normed", Normed, (FEATURES,), CLASSES)
     assert tr.digest(same.initial(0)) == tr.digest(NORMED.initial(0))
+
+
+def test_batchnorm_takes_one_row_by_its_running_statistics() -> None:
+    """An epoch of 11 rows in batches of 5 leaves one; so does a client that has only one."""
+    at = site(worker(FedAvg(batch_size=5), federation((11, 8)), NORMED))
+    fit = at.fit(at.initial())
+    assert (fit.steps, fit.samples) == (3, 11)
+    module = load(NORMED, at.initial())
+    for index in torch.from_numpy(at.rng("batches").permutation(11)).split(5):
+        module.train(len(index) > 1)
+        value = F.cross_entropy(module(at.train.x[index]), at.train.y[index])
+        grads = torch.autograd.grad(value, list(module.parameters()))
+        for p, g in zip(module.parameters(), grads, strict=True):
+            p.data.add_(g, alpha=-0.05)
+    assert equal(fit.weights, Weights(dict(module.named_parameters()), {}))
+    for name, buffer in module.named_buffers():
+        assert torch.equal(fit.weights.buffers[name], buffer)
+    assert int(fit.weights.buffers["features.1.num_batches_tracked"]) == 2
+    alone = site(worker(FedAvg(batch_size=5), federation((1, 8)), NORMED))
+    assert alone.fit(alone.initial()).steps == 1
+    images = nn.BatchNorm2d(3)  # a single image has many values in each channel, which is enough
+    image = torch.randn(1, 3, 4, 4)
+    instance = Architecture("images", lambda shape, outputs: nn.BatchNorm2d(3), (3, 4, 4), 1)
+    here = Instance(instance).fill(Weights(dict(images.named_parameters()), dict(images.named_buffers())), train=True)
+    assert torch.equal(here(image), images(image))
+    assert torch.equal(here.running_mean, images.running_mean)
 
 
 def test_no_rows_is_an_error() -> None:

@@ -15,11 +15,14 @@ from helpers import (
     NOISY,
     NORMED,
     Breaks,
+    BreaksWhenJudged,
+    Careless,
     Chosen,
     Gossip,
     Memory,
     Remembers,
     SpoiledScaffold,
+    SpoiledTwice,
     Spoiler,
     federation,
     loop,
@@ -35,7 +38,7 @@ from consilience.core.messages import Broadcast, DeltaUpdate, Job, ModelUpdate
 from consilience.core.method import Method
 from consilience.core.run import Refusal, Setup, Snapshot
 from consilience.core.run import run as run_loop
-from consilience.core.worker import Worker
+from consilience.core.worker import Call, Worker
 from consilience.execute.serial import Serial
 from consilience.folder import digest_text
 from consilience.measure.metrics import Standard
@@ -208,14 +211,14 @@ def test_new_state_is_pending_until_its_job_is_admitted() -> None:
     executor = Serial(worker(Remembers()))
     jobs = [Job(10 + client, client, 1, 0, 0, 0) for client in (0, 1)]
     message = Broadcast(LINEAR.initial(0))
-    executor.collect(jobs, [executor.submit(job, message) for job in jobs])
+    list(executor.collect(jobs, [executor.submit(job, message) for job in jobs]))
     assert executor.states() == {}
     assert executor.pending() == {10: {"count": 1}, 11: {"count": 1}}
     executor.settle(jobs[:1], jobs[1:])
     assert executor.states() == {0: {"count": 1}}
     assert executor.pending() == {}
     again = [job._replace(id=20 + job.client, number=2) for job in jobs]
-    executor.collect(again, [executor.submit(job, message) for job in again])
+    list(executor.collect(again, [executor.submit(job, message) for job in again]))
     executor.settle(again)
     assert executor.states() == {0: {"count": 2}, 1: {"count": 1}}
 
@@ -225,6 +228,32 @@ def test_a_client_that_fails_is_named_with_its_own_traceback() -> None:
         run(Breaks(), federation(), model=LINEAR, rounds=3, executor="serial")
     assert str(caught.value) == "client 1, round 2, phase train, in client_update: ValueError: boom"
     assert "in broken_loss" in caught.value.trace
+
+
+@pytest.mark.parametrize("stage", ["init_client", "personal_model", "client_update", "trained_model"])
+def test_a_failure_in_judging_names_its_own_stage(stage: str) -> None:
+    at = worker(BreaksWhenJudged(stage=stage, **USUAL))
+    call = Call("judge", (Job(-1, 3, 1, 0, 4, 0), None, True), Broadcast(LINEAR.initial(0)))
+    with pytest.raises(ClientError, match=f"client 3, round 5, phase train, in {stage}: ValueError: boom"):
+        at.run(call)
+    with pytest.raises(ClientError, match=f"in {stage}: ValueError: boom"):
+        at.run(Call("train", (Job(0, 3, 1, 0, 4, 0, judge=True), None), call.shared))
+
+
+def test_a_client_refused_in_one_chain_is_not_in_the_rounds_next() -> None:
+    memory = loop(worker(SpoiledTwice(**USUAL)), 2)
+    assert [refusal.client for _, refusal in memory.dropped] == [1, 1]
+    assert memory.snapshots[2].admitted == {0: 2, 2: 2, 3: 2, 4: 2}
+    alone = loop(worker(SpoiledTwice(bad=0, **USUAL), federation((9,))), 2)  # nobody is left for the second chain
+    assert alone.snapshots[2].version == 2
+    assert alone.snapshots[2].admitted == {}
+
+
+@pytest.mark.parametrize(("what", "who"), [("message", "client 1"), ("state", "client 1"), ("server", "the server")])
+@pytest.mark.parametrize("executor", ["serial", "processes"])
+def test_what_was_given_may_not_be_changed_in_place(what: str, who: str, executor: str) -> None:
+    with pytest.raises(ClientError, match=f"{who}.* changed in place"):
+        run(Careless(what=what, **USUAL), federation(), model=LINEAR, rounds=3, executor=executor, workers=1)
 
 
 # --- counting --------------------------------------------------------------------------------------------------

@@ -162,3 +162,12 @@ def test_a_digest_takes_any_strides() -> None:
 
 def test_a_digest_tells_several_trees_apart() -> None:
     assert tr.digest({"a": 1}, {"b": 2}) != tr.digest({"a": 1, "b": 2})
+
+
+def test_a_digest_knows_where_one_name_ends_and_what_is_empty() -> None:
+    trees: list[Any] = [
+        {"a.b": 1}, {"a": {"b": 1}}, {"a": 1, "b": {}}, {"a": 1}, {"a": 1, "b": []}, {"a": 1, "b": None},
+        {1: 2}, {"1": 2}, [2], [[], 2], [[2]], [2, []], {}, [], None, "", "None", {"a|int|1|b": 2}, {"a": 1, "b": 2},
+    ]  # fmt: skip
+    assert len({tr.digest(tree) for tree in trees}) == len(trees)
+    assert tr.digest((2, [])) == tr.digest([2, ()])

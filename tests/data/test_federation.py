@@ -367,3 +367,13 @@ def test_the_remembered_clients_are_few_and_not_pickled() -> None:
         federation.data(10**6)
     federation.make, federation.sizes = plain.data, plain.size
     assert not pickle.loads(pickle.dumps(federation))._kept
+
+
+def test_what_makes_federations_is_found_where_one_looks() -> None:
+    import consilience
+
+    for name in consilience.data.__all__:
+        assert callable(getattr(consilience.data, name)), name
+    assert consilience.data.from_arrays is from_arrays
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = consilience.data.nothing

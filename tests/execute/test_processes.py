@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -116,15 +118,42 @@ def test_nothing_is_left_behind() -> None:
     assert not multiprocessing.active_children()
 
 
-def test_only_folders_of_dead_processes_are_cleared_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+HOLDER = """
+import sys, tempfile
+from pathlib import Path
+from consilience.execute import shared
+shared._RAM, tempfile.tempdir = Path("/nowhere"), sys.argv[1]
+print(shared.make_folder(), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_only_folders_that_nobody_holds_are_cleared_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever holds a folder may be in another container, where process ids mean nothing here: no name tells."""
     monkeypatch.setattr(shared, "_RAM", tmp_path / "none")
     monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
-    for name in (f"consilience-{os.getpid()}-x", "consilience-my-notes", "consilience-0999999999-x", "other-1-x"):
+    for name in ("consilience-my-notes", "consilience-0999999999-x", "other-1-x"):
         (tmp_path / name).mkdir()
-    made = shared.make_folder()
-    assert made.parent == tmp_path
-    left = {path.name for path in tmp_path.iterdir()} - {made.name}
-    assert left == {f"consilience-{os.getpid()}-x", "consilience-my-notes", "other-1-x"}
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as lives, subprocess.Popen(command, **pipes) as dies:
+        held, left = (Path(child.stdout.readline().strip()) for child in (lives, dies))  # type: ignore[union-attr]
+        assert held.parent == left.parent == tmp_path
+        held = held.rename(tmp_path / "consilience-0999999999-held")  # no process of this number here
+        dies.kill()
+        dies.wait()
+        assert left.exists()
+        made = shared.make_folder()
+        assert (held.exists(), left.exists()) == (True, False)
+        lives.kill()
+    again = shared.make_folder()
+    assert made.exists()
+    assert not held.exists()
+    for folder in (made, again):
+        shared.drop_folder(folder)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "consilience-my-notes", "consilience-0999999999-x", "other-1-x"
+    }  # fmt: skip
 
 
 def test_segments_are_used_again_and_hold_what_was_written(tmp_path: Path) -> None:

@@ -198,3 +198,13 @@ def test_a_pair_that_could_not_be_tested_is_not_called_different() -> None:
     assert math.isnan(found.p["a", "c"])
     assert not found.differs("a", "c")
     assert found.cliques == [["a", "b", "c"]]
+
+
+def test_an_interval_of_shares_ends_where_shares_do() -> None:
+    values = [0.99, 0.9, 1.0]
+    low, high = t_interval(values)
+    assert high > 1
+    assert mean_interval(values) == (low, high)
+    assert mean_interval(values, share=True) == (low, 1.0)
+    assert mean_interval([0.0, 0.1], share=True) == (0.0, t_interval([0.0, 0.1])[1])
+    assert mean_interval([0.4, 0.5], share=True)[0] == 0.0  # type: ignore[index]

@@ -266,8 +266,9 @@ def scaffold_update(**fields: Any) -> tuple[Any, Any, Any, Any, Any]:
     return here, up, new, c, own
 
 
-def test_option_two_is_the_mean_raw_gradient() -> None:
-    here, up, new, c, own = scaffold_update(weight_decay=0.1)
+@pytest.mark.parametrize("fields", [{"weight_decay": 0.1}, {"weight_decay": 0.1, "clip": 0.2}])
+def test_option_two_is_the_mean_gradient_that_was_stepped_along(fields: dict[str, float]) -> None:
+    here, up, new, c, own = scaffold_update(**fields)
     steps = 2 * 2  # 2 epochs of 7 rows in batches of 4
     wanted = vector(own) - vector(c) - vector(up.delta) / (steps * 0.1)
     torch.testing.assert_close(vector(new), wanted, rtol=1e-10, atol=1e-12)

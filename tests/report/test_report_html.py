@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from html import unescape
 from html.parser import HTMLParser
@@ -16,9 +17,11 @@ import pytest
 import yaml
 
 from consilience.core.errors import Refused
+from consilience.measure.statistics import leaderboard, t_interval
 from consilience.report import answer
 from consilience.report.facts import gather
 from consilience.report.html import write_report
+from consilience.report.load import read_runs
 
 Make = Callable[..., Path]
 CHROMIUM = next(
@@ -194,6 +197,24 @@ def test_regression_speaks_of_loss(make_compare: Make) -> None:
     assert "% right" not in text_of(page)
 
 
+def test_no_interval_leaves_the_possible_range(make_compare: Make) -> None:
+    folder = make_compare(["fedavg", "scaffold"], 2)
+    for seed, score in enumerate((0.91, 0.99)):
+        history = folder / f"scaffold-seed{seed}" / "history.jsonl"
+        lines = [json.loads(line) for line in history.read_text().splitlines()]
+        lines[-1]["global"]["accuracy"] = score
+        history.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    best = leaderboard(read_runs(folder))[0]
+    assert best["accuracy_ci"] == [pytest.approx(t_interval([0.91, 0.99])[0]), 1.0]
+    page = report(folder)
+    assert f'95.0 <span class="ci">{100 * best["accuracy_ci"][0]:.1f}…100.0</span>' in page
+    board = page[page.index('<table class="lb') : page.index("</table>")]
+    assert all(
+        float(n) <= 100 for n in re.findall(r'<span(?: class=wide)? style="left:[\d.]+%">(-?[\d.]+)</span>', board)
+    )
+    assert "±" in board  # beside the other method, whose interval fits
+
+
 def test_names_are_escaped(make_run: Make) -> None:
     folder = make_run("fedavg")
     federation = json.loads((folder / "federation.json").read_text())
@@ -367,3 +388,26 @@ def test_chromium_draws_it_without_an_error(
         assert drawn, plot
         assert "NaN" not in drawn[1]
     assert not re.search(r'(?:x|y|d|cx|cy|width|height|x1|y2|transform)="[^"]*(NaN|undefined|Infinity)', dom)
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on PATH")
+def test_chromium_draws_what_a_real_comparison_wrote(tmp_path: Path) -> None:
+    """The folders above are fabricated; this one is as the command leaves it."""
+    command = [sys.executable, "-m", "consilience.cli", "compare", "local", "scaffold", "--data", "digits"]
+    command += ["--model", "mlp:16", "--partition", "dirichlet:0.3", "--rounds", "4", "--eval-clients-every", "2"]
+    done = subprocess.run(
+        [*command, "--seeds", "2", "--workers", "2", "--out", "real"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    dom, complaints = browse(tmp_path / "real" / "report.html", tmp_path / "profile", 1400, "light")
+    assert complaints == ""
+    for plot in ("cv", "strip", "fed"):
+        drawn = re.search(rf'id="{plot}"[^>]*><svg [^>]*role="img" aria-label="([^"]+)"', dom)
+        assert drawn, plot
+        assert "NaN" not in drawn[1]
+    page = text_of(dom)
+    assert "SCAFFOLD" in page
+    assert "Dirichlet" in page or "dirichlet:0.3" in page
+    best = json.loads((tmp_path / "real" / "leaderboard.json").read_text())[0]
+    assert f"{100 * best['accuracy']:.1f}" in page

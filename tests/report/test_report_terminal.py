@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from consilience.measure.statistics import leaderboard
 from consilience.report.load import RunFolder, read_runs
-from consilience.report.terminal import Progress, leaderboard_table, run_summary
+from consilience.report.terminal import Progress, leaderboard_table, line_score, run_summary
 
 
 def console(terminal: bool = False) -> Console:
@@ -53,23 +54,42 @@ def test_run_summary(make_run: Callable[..., Path]) -> None:
     assert "Virtual" not in text
 
 
+def line(number: int, accuracy: float | None = None, **more: Any) -> dict[str, Any]:
+    scores = {} if accuracy is None else {"global": {"accuracy": accuracy, "loss": 1.0}}
+    return {"round": number, "wall_s": 2.5 * number, **scores, **more}
+
+
 def test_progress_without_a_terminal_says_a_line_at_the_end() -> None:
     out = console()
     with Progress(out, labels=["fedavg", "scaffold"], rounds=3) as progress:
         for r in (1, 2):
-            progress.update("fedavg", r, 0.5)
+            progress.update("fedavg", line(r, 0.5))
         assert isinstance(out.file, io.StringIO)
         assert out.file.getvalue() == ""
-        progress.update("fedavg", 3, 0.913)
-    assert out.file.getvalue().startswith("fedavg: 3 rounds, 91.3\u00a0%, ")
-    assert out.file.getvalue().count("\n") == 1
+        progress.update("fedavg", line(3, 0.913))
+    assert out.file.getvalue() == "fedavg: 3 rounds, 91.3\u00a0%, 7.5\u00a0s\n"
+
+
+def test_progress_knows_how_long_a_run_of_one_line_took() -> None:
+    out = console()
+    with Progress(out, labels=["fedavg"], rounds=1) as progress:
+        progress.update("fedavg", line(1, 0.5))
+    assert isinstance(out.file, io.StringIO)
+    assert out.file.getvalue() == "fedavg: 1 round, 50.0\u00a0%, 2.50\u00a0s\n"
+
+
+def test_progress_says_what_its_score_is() -> None:
+    assert line_score(line(1, 0.5, clients={"mean": 0.7})) == "50.0\u00a0%"
+    assert line_score(line(1, clients={"mean": 0.7})) == "clients 0.700"
+    assert line_score({"global": {"loss": 0.25, "rmse": 0.5}, "clients": {"mean": 0.3}}) == "loss 0.250"
+    assert line_score(line(1)) == ""
 
 
 def test_progress_in_a_terminal_draws_every_run() -> None:
     out = console(terminal=True)
     with Progress(out, labels=["fedavg", "scaffold"], rounds=4) as progress:
-        progress.update("fedavg", 2, 0.5)
-        progress.update("fedavg", 4)
+        progress.update("fedavg", line(2, 0.5))
+        progress.update("fedavg", line(4))
     assert isinstance(out.file, io.StringIO)
     text = out.file.getvalue()
     assert "fedavg" in text

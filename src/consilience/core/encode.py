@@ -34,31 +34,34 @@ DTYPES: dict[str, torch.dtype] = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _SCALARS = (bool, int, float, str, type(None))
 MAX_DEPTH = 64
-"""Deepest nesting that is decoded."""
+"""Deepest nesting that is written and read."""
 
 
 class DecodeError(ValueError):
     """Bytes that are no encoded tree; the message says which part is wrong."""
 
 
-def _structure(tree: Tree, found: list[Tensor]) -> Any:
+def _structure(tree: Tree, found: list[Tensor], depth: int = 0) -> Any:
     """The tree as JSON, tensors replaced by their index in ``found``."""
     if isinstance(tree, Tensor):
         if tree.dtype not in _NAMES:
             raise TypeError(f"tensors of dtype {tree.dtype} cannot be written")
         found.append(tree)
         return {"t": len(found) - 1}
+    if type(tree) in _SCALARS:  # exactly: a numpy number would come back as another type
+        return tree
+    below = depth + 1
+    if below > MAX_DEPTH and isinstance(tree, (dict, tuple, list)) and tree:
+        raise ValueError(f"a tree is nested at most {MAX_DEPTH} deep to be written; this one is deeper")
     if isinstance(tree, dict):
-        return {"d": [[key, _structure(child, found)] for key, child in tree.items()]}
+        return {"d": [[key, _structure(child, found, below)] for key, child in tree.items()]}
     if is_record(tree):
         name = record_name(type(tree))
         if name not in RECORDS:
             raise TypeError(f"{name} is not registered: decorate the NamedTuple with @record")
-        return {"r": name, "v": [_structure(child, found) for child in tree]}
+        return {"r": name, "v": [_structure(child, found, below) for child in tree]}
     if isinstance(tree, (tuple, list)):
-        return {"l" if isinstance(tree, list) else "u": [_structure(child, found) for child in tree]}
-    if type(tree) in _SCALARS:  # exactly: a numpy number would come back as another type
-        return tree
+        return {"l" if isinstance(tree, list) else "u": [_structure(child, found, below) for child in tree]}
     raise TypeError(f"a tree's leaves are tensors, numbers, strings or None, not {type(tree).__name__}")
 
 
@@ -86,8 +89,28 @@ def _plan(tree: Tree) -> tuple[bytes, list[tuple[Tensor, int]], int]:
 
 def encoded_size(tree: Tree) -> int:
     """Exactly ``len(encode(tree))``, without encoding."""
-    head, _, data = _plan(tree)
-    return len(head) + data
+    form = _form(tree)
+    if form not in _sizes:
+        if len(_sizes) >= 1024:
+            _sizes.clear()
+        head, _, data = _plan(tree)
+        _sizes[form] = len(head) + data
+    return _sizes[form]
+
+
+_sizes: dict[Any, int] = {}
+"""Encoded bytes of the forms seen lately: messages of one form come by the thousand."""
+
+
+def _form(tree: Tree) -> Any:
+    """All that the size of the encoded tree depends on."""
+    if isinstance(tree, Tensor):
+        return tree.dtype, tree.shape
+    if isinstance(tree, dict):
+        return tuple(tree), tuple(map(_form, tree.values()))
+    if isinstance(tree, (tuple, list)):
+        return type(tree), tuple(map(_form, tree))
+    return type(tree), repr(tree)
 
 
 class Encoder:

@@ -49,10 +49,17 @@ class WorkerError(ConsilienceError):
     """Worker processes died again and again, so that the run could not go on."""
 
 
+LISTED = 12
+"""Most known words that are listed where none is close."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"`` for the closest known word, or the list of them when none is close."""
-    known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    """``"; did you mean 'x'?"`` for the closest known word, or the list of them when none is close and they are few.
+
+    The dashes of flags do not count: what all words share would make any two of them look close.
+    """
+    bare = {name.lstrip("-"): name for name in sorted(known)}
+    close = difflib.get_close_matches(word.lstrip("-"), bare, n=1, cutoff=0.6)
     if close:
-        return f"; did you mean '{close[0]}'?"
-    return f"; known: {', '.join(known)}" if known else ""
+        return f"; did you mean '{bare[close[0]]}'?"
+    return f"; known: {', '.join(bare.values())}" if 0 < len(bare) <= LISTED else ""

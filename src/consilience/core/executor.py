@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from consilience.core.messages import Job, Work
 from consilience.core.tree import Tree
@@ -43,13 +43,12 @@ class Executor(ABC):
         cost = 3.0 * self.worker.federation.size(job.client)  # a backward pass costs about two forward passes
         return self.begin(Call("train", (job, state), message, cost))
 
-    def collect(self, jobs: Sequence[Job], tickets: Sequence[int]) -> list[Work]:
-        """What these jobs did; their new states are pending from now on."""
-        works: list[Work] = []
-        for job, (work, state) in zip(jobs, self.finish(tickets), strict=True):
-            self._pending[job.id] = state
-            works.append(work)
-        return works
+    def collect(self, jobs: Sequence[Job], tickets: Sequence[int]) -> Iterator[Work]:
+        """What these jobs did, one by one: what is asked for waits, the others go on. Their new states are pending
+        from then on."""
+        for job, ticket in zip(jobs, tickets, strict=True):
+            work, self._pending[job.id] = self.finish([ticket])[0]
+            yield work
 
     def exchange(self, jobs: Sequence[Job]) -> dict[int, Tree]:
         """What the nodes of these jobs send to their neighbours, by client id."""

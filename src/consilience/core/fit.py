@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -34,15 +35,20 @@ Loss = Callable[[Models, Batch], Tensor]
 """``loss(model, batch)`` -> scalar."""
 Grad = Callable[..., Params]
 """``grad(params=None, batch=None)`` -> gradient by name, at the current or other parameters; the dropout key
-of the step is the same at every call, and buffers move at the first call only."""
+of the step is the same at every call, and buffers move at the first call only. Clipped if the method clips; plain
+SGD's weight decay is added after that."""
 Step = Callable[[Params, Grad, Batch, Tree], tuple[Params, Tree]]
 """``step(params, grad, batch, carry)`` -> (direction, carry). The direction points uphill, as a gradient does."""
+
+Together = Callable[[Any], Any]
+"""Asks for a gradient (:class:`~consilience.core.stack.Wanted`) that is computed together with those of others."""
 
 
 @dataclass
 class Fit:
-    """What training did. weights: trained, shaped as given. carry: as the last step left it. grad_sum: sum of
-    the raw gradients over the steps (if asked for). lr_sum: sum of the step sizes. loss: mean over the steps."""
+    """What training did. weights: trained, shaped as given. carry: as the last step left it. grad_sum: sum of the
+    raw gradients of the loss over the steps (if asked for): before clipping and without weight decay. lr_sum: sum
+    of the step sizes. loss: mean over the steps."""
 
     weights: Any
     carry: Tree
@@ -85,12 +91,44 @@ def n_steps(n: int, batch_size: int, epochs: int, steps: int | None) -> int:
     return steps if steps is not None else epochs * math.ceil(n / batch_size)
 
 
+def fit_samples(n: int, batch_size: int, steps: int) -> int:
+    """Rows in the first ``steps`` batches of :func:`shuffled` epochs over ``n`` rows."""
+    if not n:
+        return 0
+    epochs, rest = divmod(steps, math.ceil(n / batch_size))
+    return epochs * n + min(rest * batch_size, n)
+
+
 def shuffled(rng: np.random.Generator, n: int, batch_size: int) -> Iterator[Tensor]:
     """Row numbers of batches, epoch after epoch without end; the last batch of an epoch may be smaller."""
     while True:
-        order = torch.from_numpy(rng.permutation(n))
-        for start in range(0, n, batch_size):
-            yield order[start : start + batch_size]
+        yield from torch.split(torch.from_numpy(rng.permutation(n)), batch_size)
+
+
+PICKED = 1 << 20
+"""Bytes of rows that are picked at a time: one large pick costs less than one for each batch."""
+
+
+def picked(data: Split, batches: Iterator[Tensor], total: int | None, batch_size: int) -> Iterator[Batch]:
+    """At most ``total`` batches, several picked at a time, where each of them begins at a multiple of 64 bytes, as
+    if it were picked alone: the last bits of a matrix product may depend on that."""
+    size = data.x[0].numel() * data.x.element_size() * batch_size
+    ahead = max(1, PICKED // size) if size and size % 64 == 0 else 1
+    limited = itertools.islice(batches, total)
+    several: list[Tensor] = []
+    for index in limited:
+        several.append(index)
+        if len(several) >= ahead or len(index) < batch_size:
+            yield from _pick(data, several)
+            several = []
+    if several:
+        yield from _pick(data, several)
+
+
+def _pick(data: Split, several: list[Tensor]) -> Iterator[Batch]:
+    rows, sizes = torch.cat(several), [len(index) for index in several]
+    parts = (data.x.index_select(0, rows), data.y.index_select(0, rows), rows)
+    return map(Batch, *(part.split_with_sizes(sizes) for part in parts))
 
 
 @dataclass
@@ -140,6 +178,8 @@ class _Gradient:
         self, models: _Models, loss: Loss, operator: Any, clip: float | None, decay: float, total: bool
     ) -> None:
         self.models, self.loss, self.operator = models, loss, operator
+        self.ask: Callable[[Batch], tuple[list[Tensor], float] | None] | None = None
+        """Where the gradient can be had in company: at the live parameters of a stacked fit."""
         self.clip, self.decay = clip, decay
         self.sums = [torch.zeros_like(p) for p in models.leaves] if total else None
         self.batch: Batch | None = None
@@ -157,9 +197,12 @@ class _Gradient:
         if elsewhere:
             assert params is not None
             models.point(params)
-        torch.default_generator.manual_seed(self.seed)
         try:
-            gradients = self._backward(batch)
+            gradients = self._backward(batch, elsewhere)
+            if self.sums is not None and not self.calls:
+                torch._foreach_add_(self.sums, gradients)
+            if self.clip is not None:
+                torch._foreach_mul_(gradients, (self.clip / (nn.utils.get_total_norm(gradients) + 1e-6)).clamp(max=1.0))
             if self.decay:
                 torch._foreach_add_(gradients, [p.data for p in models.leaves], alpha=self.decay)
         finally:
@@ -167,37 +210,36 @@ class _Gradient:
                 models.point(self.live)
             for buffer, old in zip(models.buffers(), kept, strict=False):
                 buffer.copy_(old)
-        if self.clip is not None:
-            torch._foreach_mul_(gradients, (self.clip / (nn.utils.get_total_norm(gradients) + 1e-6)).clamp(max=1.0))
-        if self.sums is not None and not self.calls:
-            torch._foreach_add_(self.sums, gradients)
         self.calls += 1
         self.rows += len(batch.x)
         return dict(zip(models.names, gradients, strict=True))
 
-    def _backward(self, batch: Any) -> list[Tensor]:
+    def _backward(self, batch: Batch, elsewhere: bool) -> list[Tensor]:
         leaves = self.models.leaves
+        found = None if self.ask is None or elsewhere else self.ask(batch)
+        if found is not None:
+            self.value = self.value if self.calls else found[1]
+            return found[0]
+        torch.default_generator.manual_seed(self.seed)
         if self.operator is not None:
             field_ = self.operator(self.models.modules, batch)
             return [field_[name].detach().clone() for name in self.models.names]
         value = self.loss(self.models.modules, batch)
-        found = torch.autograd.grad(value, leaves, allow_unused=True)
+        parts = torch.autograd.grad(value, leaves, allow_unused=True)
         if not self.calls:
             self.value = float(value.detach())
-        return _apart([torch.zeros_like(p) if g is None else g for g, p in zip(found, leaves, strict=True)])
+        return _apart([torch.zeros_like(p) if g is None else g for g, p in zip(parts, leaves, strict=True)])
 
 
 def _apart(gradients: list[Tensor]) -> list[Tensor]:
     """The gradients, each in memory of its own, since they are changed in place: autograd may give two parameters
     the same tensor, or an expanded view."""
     seen: set[int] = set()
-    own: list[Tensor] = []
-    for g in gradients:
-        if g.untyped_storage().data_ptr() in seen or 0 in g.stride():
-            g = g.clone(memory_format=torch.contiguous_format)
-        seen.add(g.untyped_storage().data_ptr())
-        own.append(g)
-    return own
+    for i, g in enumerate(gradients):
+        if g.data_ptr() in seen or 0 in g.stride():
+            gradients[i] = g = g.clone(memory_format=torch.contiguous_format)
+        seen.add(g.data_ptr())
+    return gradients
 
 
 def training(site: Site, weights: Any, plan: Plan) -> Generator[float, None, Fit]:
@@ -214,19 +256,22 @@ def training(site: Site, weights: Any, plan: Plan) -> Generator[float, None, Fit
     decay = method.weight_decay
     loss = plan.loss or _task_loss(site, plan.sample_weight)
     grad = _Gradient(models, loss, operator, method.clip, decay if name == "sgd" else 0.0, plan.sum_gradients)
+    if site.together is not None and plan.loss is None and operator is None and models.single:
+        grad.ask = _company(site, models, plan.sample_weight)
     rate = plan.lr if plan.lr is not None else method.rate(site.job.version)
     rates = rate if callable(rate) else lambda _: rate
     optimizer = optim.make(name, models.leaves, rates(0), method.momentum, decay)
     batch_size = plan.batch_size or method.batch_size
     total = _length(site, plan, len(data), batch_size)
-    batches = plan.batches if plan.batches is not None else shuffled(site.rng(plan.purpose), len(data), batch_size)
+    batches: Iterator[Batch]
+    if plan.batches is not None:  # they may depend on what training has found so far, so none is taken ahead
+        batches = (next(_pick(data, [index])) for index in itertools.islice(plan.batches, total))
+    else:
+        batches = picked(data, shuffled(site.rng(plan.purpose), len(data), batch_size), total, batch_size)
     key = site.streams.torch_seed("dropout", plan.purpose)
     step = plan.step or _plain
     result = Fit(None, plan.carry, {}, 0.0, 0, 0, 0.0)
-    for number, index in enumerate(batches):
-        if number == total:
-            break
-        batch = _take(data, index)
+    for number, batch in enumerate(batches):
         grad.begin(batch, (key + number) % 2**63)
         direction, result.carry = step(grad.live, grad, batch, result.carry)
         lr = rates(number)
@@ -240,6 +285,23 @@ def training(site: Site, weights: Any, plan: Plan) -> Generator[float, None, Fit
     result.grad_sum = dict(zip(models.names, grad.sums, strict=True)) if grad.sums is not None else {}
     result.weights = models.read()
     return result
+
+
+def _company(
+    site: Site, models: _Models, weights: Tensor | None
+) -> Callable[[Batch], tuple[list[Tensor], float] | None]:
+    """How a client of a stack asks for the gradient of the task's loss."""
+    from consilience.core.stack import Wanted
+
+    ask, instance = site.together, models.instances[""]
+    assert ask is not None
+
+    def wait(batch: Batch) -> tuple[list[Tensor], float] | None:
+        rows = None if weights is None else weights[batch.rows]
+        answer: tuple[list[Tensor], float] | None = ask(Wanted(site.task, instance, models.names, batch, rows))
+        return answer
+
+    return wait
 
 
 def _plain(params: Params, grad: Grad, batch: Batch, carry: Tree) -> tuple[Params, Tree]:
@@ -271,7 +333,3 @@ def _length(site: Site, plan: Plan, n: int, batch_size: int) -> int | None:
     if steps is None and plan.epochs is None:
         steps = site.method.local_steps
     return n_steps(n, batch_size, plan.epochs or site.method.local_epochs, steps)
-
-
-def _take(data: Split, index: Tensor) -> Batch:
-    return Batch(data.x.index_select(0, index), data.y.index_select(0, index), index)

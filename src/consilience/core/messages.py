@@ -96,13 +96,70 @@ class Job(NamedTuple):
         return self.version + 1
 
 
+@record
+class Device(NamedTuple):
+    """A client's device and link.
+
+    speed: FLOP a second, in training. down, up: bytes a second. latency: seconds, one way. memory: bytes, 0 where
+    unknown. watts: power while it works, None where unknown. rate: samples a second, which then wins over speed.
+    """
+
+    speed: float
+    down: float
+    up: float
+    latency: float = 0.0
+    memory: float = 0.0
+    watts: float | None = None
+    rate: float | None = None
+
+
+@record
+class Trip(NamedTuple):
+    """A job's way in virtual seconds: until the client can be reached, down, computing, up.
+
+    lost: seconds after the dispatch at which the client drops out; None if it does not.
+    """
+
+    wait: float = 0.0
+    download: float = 0.0
+    compute: float = 0.0
+    upload: float = 0.0
+    lost: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """From dispatch to arrival, or to the loss."""
+        whole = self.wait + self.download + self.compute + self.upload
+        return whole if self.lost is None else self.lost
+
+    @property
+    def uploaded(self) -> float:
+        """The share of the upload that was done."""
+        return 1.0 if self.lost is None else _share(self.lost - self.wait - self.download - self.compute, self.upload)
+
+    @property
+    def computed(self) -> float:
+        """The share of the computation that was done."""
+        return 1.0 if self.lost is None else _share(self.lost - self.wait - self.download, self.compute)
+
+    def __add__(self, other: Trip) -> Trip:  # type: ignore[override]
+        """This trip and then another, by parts."""
+        wait, download, compute, upload = (a + b for a, b in zip(self[:4], other[:4], strict=True))
+        return Trip(wait, download, compute, upload, None if other.lost is None else self.seconds + other.lost)
+
+
+def _share(done: float, of: float) -> float:
+    return min(1.0, max(0.0, done / of)) if of > 0 else float(done >= 0)
+
+
 class ClientInfo(NamedTuple):
-    """What the server knows of a client when it builds a broadcast."""
+    """What the server knows of a client when it builds a broadcast. device: None where devices are not simulated."""
 
     id: int
     samples: int
     model: str
     slot: int = 0
+    device: Device | None = None
 
 
 @record
@@ -135,7 +192,9 @@ class Reply(NamedTuple):
     """An update as the server gets it.
 
     samples: the client's registered training rows (its weight). trained, steps: samples and steps computed.
-    staleness: server updates made since the broadcast. seconds: virtual, from dispatch to arrival.
+    staleness: server updates made since the broadcast. since: virtual time of the dispatch. seconds: from there to
+    the arrival. trip: what they were spent on (the sum over a chain's phases). rings: timers of the schedule that
+    rang since the dispatch, one at the time of combining included.
     """
 
     job: Job
@@ -148,6 +207,9 @@ class Reply(NamedTuple):
     loss: float
     before: Score | None = None
     after: Score | None = None
+    since: float = 0.0
+    trip: Trip = Trip()
+    rings: int = 0
 
 
 @record

@@ -18,7 +18,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from consilience.core import optim
 from consilience.core import tree as tr
 from consilience.core.errors import ConfigError, nearest
-from consilience.core.fit import Fit, Plan
+from consilience.core.fit import Fit, Plan, fit_samples, n_steps
 from consilience.core.messages import Broadcast, ClientInfo, DeltaUpdate, Inbox, ModelUpdate, Reply
 from consilience.core.model import Weights
 from consilience.core.predict import Net, Predictor
@@ -97,6 +97,8 @@ class Method(Training):
     schedule: ClassVar[str] = "rounds"
     trains_on_server: ClassVar[bool] = False
     """Whether ``aggregate`` trains, so that it should run where client work runs."""
+    unstacked: ClassVar[str] = ""
+    """Why clients that run in step cannot have their gradients computed together, if they cannot."""
 
     def __post_init__(self) -> None:
         for key, adapter in _validators(type(self)).items():  # type: ignore[arg-type]
@@ -132,6 +134,28 @@ class Method(Training):
     def program(self) -> tuple[Phase, ...]:
         """The phases of a round."""
         return (Phase("train"),)
+
+    def default_schedule(self) -> str:
+        """The schedule to run with if none is asked for, as ``--schedule`` takes it."""
+        return self.schedule
+
+    def steps_of(self, rows: int, steps: int | None = None) -> int:
+        """Local steps of one training with this method's settings on ``rows`` rows; ``steps``: a job's own."""
+        return n_steps(rows, self.batch_size, self.local_epochs, self.local_steps if steps is None else steps)
+
+    def least_samples(self, phase: Phase, rows: int, steps: int | None) -> int:
+        """Samples that a client with ``rows`` training rows certainly computes in this phase; 0 promises nothing.
+
+        Asynchronous runs use it to know how long no reply can come, so that they compute many jobs at once. A
+        method with its own ``client_update`` that trains once at least may return :meth:`one_fit`.
+        """
+        if type(self).client_update is not Method.client_update or phase.over == "neighbours":
+            return 0
+        return self.one_fit(rows, steps)
+
+    def one_fit(self, rows: int, steps: int | None) -> int:
+        """Samples of one training with this method's settings."""
+        return fit_samples(rows, self.batch_size, self.steps_of(rows, steps))
 
     # --- the server's half -------------------------------------------------------------------------------------
 

@@ -28,9 +28,13 @@ def philox(*key: int | str) -> np.random.Generator:
     >>> bool((philox(0, "a").random(3) == philox(0, "b").random(3)).any())
     False
     """
+    return np.random.Generator(np.random.Philox(key=_hashed(*key)))
+
+
+def _hashed(*key: int | str) -> int:
+    """128 bits of a key."""
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in key)
-    digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,8 @@ class Streams:
         return philox(self.seed, purpose, self.client, self.number, self.phase, *more)
 
     def torch_seed(self, purpose: str, *more: int | str) -> int:
-        """A 63-bit seed for torch's own generator, from the stream of ``purpose``."""
-        return int(self.rng(purpose, *more).integers(2**63))
+        """A 63-bit seed for torch's own generator, of ``purpose``."""
+        return _hashed("torch", self.seed, purpose, self.client, self.number, self.phase, *more) >> 65
 
 
 @contextmanager

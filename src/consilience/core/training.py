@@ -36,7 +36,7 @@ class Training:
     optimizer: str = option("sgd", "local optimiser: of torch.optim or pytorch-optimizer")
     momentum: Annotated[float, Ge(0), Le(1)] = option(0.0, "local momentum; starts anew each round")
     weight_decay: Annotated[float, Ge(0)] = option(0.0, "L2 term of the local objective")
-    clip: Annotated[float, Gt(0)] | None = option(None, "largest norm of a raw gradient")
+    clip: Annotated[float, Gt(0)] | None = option(None, "largest norm of a gradient of the loss (weight decay apart)")
     lr_decay: Annotated[float, Gt(0), Le(1)] = option(1.0, "factor on lr after each round")
     weights: Literal["samples", "uniform"] = option("samples", "a client's weight: n_k / sum n, or 1 / cohort")
     form: Literal["model", "delta"] = option("model", "clients send models or differences")

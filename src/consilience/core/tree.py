@@ -171,14 +171,25 @@ def digest(*trees: Tree) -> str:
     """
     h = hashlib.sha256()
     for tree in trees:
-        for path, leaf in items(tree):
-            if isinstance(leaf, Tensor):
-                flat = leaf.detach().cpu().contiguous()
-                if flat.numel() < 2:  # counts as contiguous with any stride, and could not be viewed as bytes
-                    flat = torch.empty(flat.shape, dtype=flat.dtype).copy_(flat)
-                h.update(f"{path}|{flat.dtype}|{tuple(flat.shape)}|".encode())
-                h.update(flat.reshape(-1).view(torch.uint8).numpy().data)
-            else:
-                h.update(f"{path}|{type(leaf).__name__}|{leaf!r}|".encode())
-        h.update(b"\n")
+        _hash(h, tree)
     return h.hexdigest()
+
+
+def _hash(h: Any, tree: Tree) -> None:
+    """Feed a tree to a hash so that no two trees feed the same bytes: every node says how many children follow."""
+    children = children_of(tree)
+    if children is not None:
+        named = isinstance(tree, dict) or is_record(tree)
+        h.update(f"{'{' if named else '['}{len(children)}|".encode())
+        for key, child in zip(keys_of(tree), children, strict=True):
+            if named:
+                h.update(f"{key!r}|".encode())
+            _hash(h, child)
+    elif isinstance(tree, Tensor):
+        flat = tree.detach().cpu().contiguous()
+        if flat.numel() < 2:  # counts as contiguous with any stride, and could not be viewed as bytes
+            flat = torch.empty(flat.shape, dtype=flat.dtype).copy_(flat)
+        h.update(f"{flat.dtype}|{tuple(flat.shape)}|".encode())
+        h.update(flat.reshape(-1).view(torch.uint8).numpy().data)
+    else:
+        h.update(f"{type(tree).__name__}|{tree!r}|".encode())

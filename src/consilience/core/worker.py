@@ -8,7 +8,8 @@ from __future__ import annotations
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,12 +18,16 @@ from consilience.core import tree as tr
 from consilience.core.errors import ClientError, ConsilienceError
 from consilience.core.failpoint import reach
 from consilience.core.federation import Federation, Split
+from consilience.core.fit import Together
 from consilience.core.messages import ClientInfo, DeltaUpdate, Inbox, Job, Kind, Reply, Score, Work, kinds
 from consilience.core.method import Method, Phase
 from consilience.core.model import Pool, Weights
 from consilience.core.predict import Predictor
 from consilience.core.site import Host, Place, Site
 from consilience.core.tree import Tree, record
+
+if TYPE_CHECKING:
+    from consilience.core.stack import Stack
 
 
 class Call(NamedTuple):
@@ -64,6 +69,7 @@ class Worker:
 
     def __post_init__(self) -> None:
         self._pool = Pool()
+        self._stack: Stack | None = None
 
     @property
     def method(self) -> Method:
@@ -71,12 +77,18 @@ class Worker:
         return self.place.method
 
     def run(self, call: Call) -> Tree:
-        """The result of a call. Raises ClientError with the client's own traceback."""
+        """The result of a call. Raises ClientError with the client's own traceback, or where something that was
+        given has been changed in place: here others would see the change, in another process they would not."""
         function = getattr(self, f"do_{call.name}")
+        given = tr.tensors((call.shared, call.args))
+        before = _versions(given)
         try:
-            return function(call.shared, *call.args)
+            result: Tree = function(call.shared, *call.args)
         finally:
             self.release()
+        if before != _versions(given):
+            raise ClientError(_changed(call))
+        return result
 
     def release(self) -> None:
         """Take back every module that was lent."""
@@ -84,12 +96,27 @@ class Worker:
 
     def do_train(self, message: Tree, job: Job, state: Tree) -> tuple[Work, Tree]:
         """A client's work in one phase: (what it did, its new state)."""
-        site, phase = self.site(job)
+        return self._train(message, job, state, self._pool, None)
+
+    def do_stack(self, message: Tree, jobs: Sequence[Job], states: Sequence[Tree]) -> list[tuple[Work, Tree]]:
+        """The work of several clients in one phase, in step."""
+        from consilience.core.stack import Stack
+
+        if self._stack is None or self._stack.size < len(jobs):
+            self._stack = Stack(len(jobs))
+        clients = [partial(self._train, message, job, state) for job, state in zip(jobs, states, strict=True)]
+        return self._stack.run(clients)
+
+    def _train(self, message: Tree, job: Job, state: Tree, pool: Pool, together: Together | None) -> tuple[Work, Tree]:
+        site, phase = self.site(job, pool, together)
         reach("client-before")
-        with _blame(site, phase, "client_update"):
+        with _blame(site, phase, "init_client") as at:
             message, own = self._open(site, message, state)
+            at.stage = "personal_model"
             before = self._judge(site, message, own) if job.judge else None
+            at.stage = "client_update"
             update, own = self.method.client_update(phase, site, message, own)
+            at.stage = "trained_model"
             after = site.evaluate(self.method.trained_model(site, message, update, own)) if job.judge else None
             samples, steps = site.computed
             update, kept = self._close(update, own)
@@ -114,12 +141,15 @@ class Worker:
         """A client's deployed model on its own test rows, and again after a round of local training that leaves
         no trace (if ``train``)."""
         site, phase = self.site(job)
-        with _blame(site, phase, "personal_model"):
+        with _blame(site, phase, "init_client") as at:
             message, own = self._open(site, message, state)
+            at.stage = "personal_model"
             before = self._judge(site, message, own)
             after = None
-            if train and len(site.train):
+            if train and before.n and len(site.train):  # without test rows there is nothing to learn from it
+                at.stage = "client_update"
                 update, own = self.method.client_update(phase, site, message, own)
+                at.stage = "trained_model"
                 after = site.evaluate(self.method.trained_model(site, message, update, own))
         return before, after
 
@@ -148,11 +178,11 @@ class Worker:
         scores = host.scores(predictor, rows.x)
         return Chunk(float(host.task.losses(scores, rows.y).double().sum()), scores)
 
-    def site(self, job: Job) -> tuple[Site, Phase]:
-        """The site of a job, and its phase."""
+    def site(self, job: Job, pool: Pool | None = None, together: Together | None = None) -> tuple[Site, Phase]:
+        """The site of a job, and its phase. pool, together: of its place in a stack."""
         phase = self.program[job.phase]
         data = self.federation.data(job.client)
-        return Site(self.place, self._pool, job, data, phase.name), phase
+        return Site(self.place, pool or self._pool, job, data, phase.name, together), phase
 
     def host(self, version: int, phase: str) -> Host:
         """The server as its own code sees it."""
@@ -196,15 +226,28 @@ class _blame:
     """Turns an exception of a client's code into one ClientError that names client, round and stage."""
 
     def __init__(self, site: Site, phase: Phase, stage: str) -> None:
-        self.where = f"client {site.id}, round {site.job.round}, phase {phase.name}, in {stage}"
+        self.where = f"client {site.id}, round {site.job.round}, phase {phase.name}"
+        self.stage = stage
 
-    def __enter__(self) -> None:
-        return None
+    def __enter__(self) -> _blame:
+        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, Exception) and not isinstance(error, ConsilienceError):
             text = "".join(traceback.format_exception(error)).rstrip()
-            raise ClientError(f"{self.where}: {type(error).__name__}: {error}", text) from error
+            raise ClientError(f"{self.where}, in {self.stage}: {type(error).__name__}: {error}", text) from error
+
+
+def _versions(given: Sequence[Tensor]) -> list[int]:
+    """How often each tensor was changed in place, as torch counts it (not for tensors of inference mode)."""
+    return [0 if t.is_inference() else t._version for t in given]
+
+
+def _changed(call: Call) -> str:
+    """What to say where a call has changed its arguments."""
+    jobs = call.args[0] if call.name == "stack" else [arg for arg in call.args if isinstance(arg, Job)]
+    who = f"client {', '.join(str(job.client) for job in jobs)}, round {jobs[0].round}" if jobs else "the server"
+    return f"{who}: '{call.name}' changed in place a tensor that it was given; clone it first (core.tree.clone)"
 
 
 def pooled(federation: Federation) -> Split:

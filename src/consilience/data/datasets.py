@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import importlib.util
 import os
 import struct
 import urllib.error
@@ -26,9 +27,7 @@ from consilience.data.partition import fractions, read_on_demand
 from consilience.data.preprocess import Column, Table
 from consilience.data.raw import RawData
 from consilience.data.read import SUFFIXES, read_client_files, read_file
-from consilience.data.spec import is_file, parse
-
-NAMES = ("digits", "fashion-mnist", "adult", "synthetic", "synthetic-ondemand", "quadratic")
+from consilience.data.spec import NAMES, is_file, parse
 
 FASHION_VARIABLE = "CONSILIENCE_FASHION_MNIST"
 FASHION_DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -143,10 +142,11 @@ def make_federation(
 
 def digits() -> RawData:
     """scikit-learn's 1797 digits: inputs ``(1, 8, 8)`` in 0..1, a fixed fifth of each class as the global test set."""
-    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
-
-    x, y = load_digits(return_X_y=True)
-    x = (x / 16).astype(np.float32).reshape(-1, 1, 8, 8)
+    # Read from where scikit-learn keeps them: importing it takes longer than a first round.
+    found = importlib.util.find_spec("sklearn")
+    folder = "" if found is None else found.origin or ""
+    table = np.loadtxt(Path(folder).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+    x, y = (table[:, :-1] / 16).astype(np.float32).reshape(-1, 1, 8, 8), table[:, -1].astype(np.int64)
     held = assign.hold_out(y, 0.2, philox(0, "data", "digits"))
     task = Task("classification", 10, tuple(map(str, range(10))))
     return RawData("digits", x[~held], y[~held].astype(np.int64), task, x[held], y[held].astype(np.int64))

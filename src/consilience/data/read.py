@@ -142,7 +142,30 @@ def _from_frame(
         raise DataError(f"{where}: no column besides the target '{target}'")
     number = pd.api.types.is_numeric_dtype(series) and not pd.api.types.is_bool_dtype(series)
     y, made = encode_target(series.to_numpy() if number else series.astype(str).to_numpy(dtype=object), where, task)
-    return RawData(name, table_from_frame(frame.drop(columns=[target]), where), y, made, sensitive=sensitive)
+    return RawData(
+        name,
+        table_from_frame(frame.drop(columns=[target]), where),
+        y,
+        made,
+        sensitive=sensitive,
+        about={"target": target},
+    )
+
+
+def labels(values: NDArray[Any], classes: Sequence[str]) -> NDArray[np.int64]:
+    """The numbers of labels ``(n,)`` among ``classes``, written as :func:`encode_target` wrote them: -1 for one that
+    is no class, and -2 for one that is missing."""
+    import pandas as pd
+
+    missing = np.asarray(pd.isna(values), dtype=bool)
+    if values.dtype.kind == "f":  # whole numbers beside missing ones
+        whole = np.where(missing, 0, values)
+        values = whole.astype(np.int64) if bool((whole == np.floor(whole)).all()) else values
+    number = {name: code for code, name in enumerate(classes)}
+    return np.asarray(
+        [-2 if lost else number.get(str(value), -1) for value, lost in zip(values.tolist(), missing, strict=True)],
+        dtype=np.int64,
+    )
 
 
 def encode_target(values: NDArray[Any], where: str, task: TaskKind | None) -> tuple[NDArray[Any], Task]:

@@ -14,6 +14,9 @@ from pathlib import Path
 
 from consilience.core.errors import ConfigError, nearest
 
+NAMES = ("digits", "fashion-mnist", "adult", "synthetic", "synthetic-ondemand", "quadratic")
+"""Data sets that have a name. Here, because nothing slow is imported here."""
+
 _KIND = {
     "iid": "assignment",
     "dirichlet": "assignment",

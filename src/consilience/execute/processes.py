@@ -16,7 +16,7 @@ import shutil
 import signal
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -30,7 +30,8 @@ from consilience.core.executor import Executor
 from consilience.core.messages import Job, Work
 from consilience.core.tree import Tree, clone
 from consilience.core.worker import Call, Worker
-from consilience.execute.shared import Mapped, Segments, make_folder
+from consilience.execute.memory import keep_freed_memory
+from consilience.execute.shared import Mapped, Segments, drop_folder, make_folder
 
 INLINE = 1 << 14
 """Trees up to this many bytes travel in the pipe."""
@@ -99,6 +100,7 @@ def _serve(worker: Worker, pipe: Connection, folder: Path, name: str, inherited:
     for other in inherited:  # a pipe held open by a sibling would never report that the parent is gone
         other.close()
     torch.set_num_threads(1)
+    keep_freed_memory()
     mapped, segments = Mapped(folder), Segments(folder, name)
     try:
         _answer(worker, pipe, mapped, segments)
@@ -185,12 +187,11 @@ class Processes(Executor):
         self._hand_out()
         return [self._done.pop(ticket) for ticket in tickets]
 
-    def collect(self, jobs: Sequence[Job], tickets: Sequence[int]) -> list[Work]:
+    def collect(self, jobs: Sequence[Job], tickets: Sequence[int]) -> Iterator[Work]:
         """What these jobs did. New states are copied out of shared memory, since they live long."""
-        works = super().collect(jobs, tickets)
-        for job in jobs:
+        for job, work in zip(jobs, super().collect(jobs, tickets), strict=True):
             self._pending[job.id] = clone(self._pending[job.id])
-        return works
+            yield work
 
     def close(self) -> None:
         """End the workers and free their memory."""
@@ -202,7 +203,7 @@ class Processes(Executor):
                 child.process.kill()
                 child.process.join()
         self._children = []
-        shutil.rmtree(self._folder, ignore_errors=True)
+        drop_folder(self._folder)
 
     def _spawn(self) -> _Child:
         ours, theirs = multiprocessing.Pipe()

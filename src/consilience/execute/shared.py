@@ -12,28 +12,53 @@ import shutil
 import tempfile
 import weakref
 from pathlib import Path
+from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # no such locks here: folders are cleared by their owners only
+    fcntl = None  # type: ignore[assignment]
 
 PAGE = 1 << 16
 _RAM = Path("/dev/shm")
+_PREFIX, _LOCK = "consilience-", "lock"
+_HELD: dict[Path, IO[str]] = {}
+"""The locks of this process's own folders."""
 
 
 def make_folder() -> Path:
-    """A private folder for segments, in RAM if there is room. Folders whose process has died are cleared away."""
+    """A private folder for segments, in RAM if there is room. Folders whose owners have died are cleared away."""
     roomy = _RAM.is_dir() and os.access(_RAM, os.W_OK) and shutil.disk_usage(_RAM).free > 1 << 30
     parent = _RAM if roomy else Path(tempfile.gettempdir())
-    for old in parent.glob("consilience-*-*"):
-        if old.name.split("-")[1].isdigit() and not _alive(int(old.name.split("-")[1])):
+    for old in parent.glob(f"{_PREFIX}*"):
+        if _abandoned(old):
             shutil.rmtree(old, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=f"consilience-{os.getpid()}-", dir=parent))
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+    if fcntl is not None:
+        file = (folder / "making").open("x")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        (folder / "making").rename(folder / _LOCK)  # nobody sees the file before it is locked
+        _HELD[folder] = file
+    return folder
 
 
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+def drop_folder(folder: Path) -> None:
+    """Clear one's own folder away."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if (file := _HELD.pop(folder, None)) is not None:
+        file.close()
+
+
+def _abandoned(folder: Path) -> bool:
+    """Whether nobody holds a folder's lock any more. The system lets go of it when its owner and the owner's forked
+    workers have died, whatever their process ids are called in this or another container."""
+    if fcntl is None:
         return False
-    except OSError:
-        pass  # it exists, but is not ours
+    try:
+        with (folder / _LOCK).open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # held, not ours, or no such file
+        return False
     return True
 
 

@@ -71,11 +71,13 @@ def bca_interval(values: Sequence[float], level: float = 0.95, resamples: int = 
     return float(found.low), float(found.high)
 
 
-def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
-    """The interval to report for a mean; None for a single value, which has none."""
+def mean_interval(values: Sequence[float], level: float = 0.95, *, share: bool = False) -> tuple[float, float] | None:
+    """The interval to report for a mean; None for a single value, which has none. share: the values are shares, so
+    the interval ends at 0 and 1, beyond which no mean can be (its coverage stays the same)."""
     if len(values) < 2:
         return None
-    return t_interval(values, level) if len(values) < FEW else bca_interval(values, level)
+    low, high = t_interval(values, level) if len(values) < FEW else bca_interval(values, level)
+    return (max(0.0, low), min(1.0, high)) if share else (low, high)
 
 
 def paired_test(a: Sequence[float], b: Sequence[float]) -> float:
@@ -227,7 +229,7 @@ def leaderboard(runs: Sequence[Recorded]) -> list[dict[str, Any]]:
         own = [run for run in runs if run.label == label]
         by_seed = scores.values.get(label, {})
         values = [by_seed[seed] for seed in sorted(by_seed)]
-        interval = mean_interval(values)
+        interval = mean_interval(values, share=not scores.lower)
         score, ci = _mean(values), None if interval is None else list(interval)
         last = [run.history[-1] for run in own]
         row: dict[str, Any] = {

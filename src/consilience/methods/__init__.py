@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from typing import Any
 
 from consilience.core.errors import ConfigError, nearest
@@ -19,12 +20,19 @@ _WHERE = {
     "fedyogi": ("fedopt", "FedYogi"),
     "scaffold": ("scaffold", "Scaffold"),
     "moon": ("moon", "Moon"),
+    "fedau": ("fedau", "FedAU"),
+    "fedasync": ("fedasync", "FedAsync"),
+    "fedbuff": ("fedbuff", "FedBuff"),
+    "fedfix": ("fedfix", "FedFix"),
+    "fedasmu": ("fedasmu", "FedASMU"),
+    "fedcompass": ("fedcompass", "FedCompass"),
+    "dpsgd": ("dpsgd", "DPSGD"),
 }
 
 NAMES = tuple(_WHERE)
 """Names of all methods."""
 
-__all__ = ["NAMES", "every", "get"]
+__all__ = ["NAMES", "every", "get", "make", "takers"]
 
 
 def get(name: str) -> type[Method]:
@@ -34,6 +42,24 @@ def get(name: str) -> type[Method]:
     module, attribute = _WHERE[name]
     found: type[Method] = getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
     return found
+
+
+def make(name: str, values: Mapping[str, Any]) -> Method:
+    """The method called ``name`` with these options (strings allowed). Raises ConfigError; of an option that others
+    have, it says which."""
+    cls = get(name)
+    for key in values:
+        if key not in cls.options():
+            raise ConfigError(f"{name} has no option '{key}'{takers(key) or nearest(key, cls.options())}")
+    return cls.make(dict(values))
+
+
+def takers(option: str) -> str:
+    """``"; fedprox and moon have it"``, or nothing where no method has an option of this name."""
+    found = [name for name, cls in every().items() if option in cls.options()]
+    if not found:
+        return ""
+    return f"; {', '.join(found)} {'has' if len(found) == 1 else 'have'} it"
 
 
 def every() -> dict[str, type[Method]]:

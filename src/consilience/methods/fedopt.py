@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ class _Adaptive(Method):
     """Adaptive server optimisers.
 
         Delta = sum_i p_i (y_i - x);   m <- beta_1 m + (1 - beta_1) Delta
-        v <- (see the method);         x <- x + eta_g m / (sqrt(v) + tau)
+        v <- (as above);               x <- x + eta_g m / (sqrt(v) + tau)
         m_{-1} = 0,  v_{-1} = tau^2 in every coordinate
 
     There is no bias correction, and tau is added outside the root: this is not torch.optim.Adam. Buffers take
@@ -135,6 +136,12 @@ class _Adaptive(Method):
         return Moments(model, first, second)
 
 
+def _explained(rule: str) -> str:
+    """The docstring of an adaptive method: its own rule, what all share, and where it comes from."""
+    shared = inspect.cleandoc(_Adaptive.__doc__ or "").partition("\n\n")[2]
+    return "\n\n".join((f"Adaptive server optimiser with  {rule}", shared, inspect.cleandoc(_SOURCE)))
+
+
 _SOURCE = """
     Source: Reddi, Charles, Zaheer, Garrett, Rush, Konecny, Kumar, McMahan, "Adaptive Federated Optimization", ICLR
     2021, algorithm 2. Deviations: none; the paper tunes eta_g and tau on a grid, so treat the defaults as a start.
@@ -143,7 +150,7 @@ _SOURCE = """
 
 @dataclass(frozen=True)
 class FedAdagrad(_Adaptive):
-    __doc__ = "FedAdagrad:  v <- v + Delta^2.\n" + (_Adaptive.__doc__ or "") + _SOURCE
+    __doc__ = _explained("v <- v + Delta^2.")
     name = "fedadagrad"
 
     server_lr: Annotated[float, Gt(0)] = option(0.1, "server step size eta_g", Search(1e-3, 1.0))
@@ -156,7 +163,7 @@ class FedAdagrad(_Adaptive):
 
 @dataclass(frozen=True)
 class FedAdam(_Adaptive):
-    __doc__ = "FedAdam:  v <- beta_2 v + (1 - beta_2) Delta^2.\n" + (_Adaptive.__doc__ or "") + _SOURCE
+    __doc__ = _explained("v <- beta_2 v + (1 - beta_2) Delta^2.")
     name = "fedadam"
 
     beta_2: Annotated[float, Ge(0), Lt(1)] = option(0.99, "decay of the second moment")
@@ -168,7 +175,7 @@ class FedAdam(_Adaptive):
 
 @dataclass(frozen=True)
 class FedYogi(_Adaptive):
-    __doc__ = "FedYogi:  v <- v - (1 - beta_2) Delta^2 sign(v - Delta^2).\n" + (_Adaptive.__doc__ or "") + _SOURCE
+    __doc__ = _explained("v <- v - (1 - beta_2) Delta^2 sign(v - Delta^2).")
     name = "fedyogi"
 
     beta_2: Annotated[float, Ge(0), Lt(1)] = option(0.99, "decay of the second moment")

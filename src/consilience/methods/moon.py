@@ -38,6 +38,7 @@ class Moon(Method):
     source = "Li et al., CVPR"
     year = 2021
     needs = Needs(split_model=True, classification=True, loss=True)
+    unstacked = "the loss looks at two more networks, which are each client's own"
 
     mu: Annotated[float, Ge(0)] = option(1.0, "weight of the contrastive term", Search(0.1, 10.0))
     temperature: Annotated[float, Gt(0)] = option(0.5, "T")

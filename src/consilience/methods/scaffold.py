@@ -46,6 +46,20 @@ class Up(NamedTuple):
     buffers: Buffers
 
 
+def _added(total: Params | None, direction: Params) -> Params:
+    """total + direction, in the memory of ``total``."""
+    if total is None:
+        return {name: d.clone() for name, d in direction.items()}
+    torch._foreach_add_(list(total.values()), list(direction.values()))
+    return total
+
+
+def _kept(params: Params, grad: Grad, batch: Batch, carry: None) -> tuple[Params, Params]:
+    """A step along the gradient that keeps a copy of it."""
+    direction = grad()
+    return direction, _added(None, direction)
+
+
 @dataclass(frozen=True)
 class Scaffold(Method):
     """Clients step along their gradient corrected by the difference of two controls.
@@ -56,8 +70,9 @@ class Scaffold(Method):
         x <- x + eta_g sum_{i in S} p_i (y_i - x);   c <- c + (1 / N) sum_{i in S} (c_i+ - c_i)
 
     N is the number of clients, not of the cohort; c and every c_i start at 0; weights are uniform in the paper.
-    Option 2 is computed as the mean of the raw gradients along the path, which is the same number and stays right
-    when the step size changes within a round or the optimiser has momentum. Invariant: c is the mean of all c_i.
+    Option 2 is computed as the mean of the gradients along the path, which is the same number and stays right when
+    the step size changes within a round or the optimiser has momentum. With ``clip``, both options take the clipped
+    gradients, since it is those that the controls correct. Invariant: c is the mean of all c_i.
 
     Round 1 is uniform FedAvg in delta form bit for bit, since all controls are 0.
 
@@ -74,6 +89,10 @@ class Scaffold(Method):
     control: Literal["1", "2"] = option("2", "how c_i is renewed: option 1 or 2 of the paper")
     weights: Literal["samples", "uniform"] = option("uniform", "a client's weight (uniform in the paper)")
     form: Literal["delta"] = option("delta", "clients send differences")
+
+    def least_samples(self, phase: Phase, rows: int, steps: int | None) -> int:
+        """One training."""
+        return self.one_fit(rows, steps)
 
     def sends(self) -> type:
         """See :class:`Up`."""
@@ -97,12 +116,14 @@ class Scaffold(Method):
         """Corrected steps, then a new control."""
         correction = list(tr.sub(message.control, state).values())
 
-        def step(params: Params, grad: Grad, batch: Batch, carry: None) -> tuple[Params, None]:
+        def step(params: Params, grad: Grad, batch: Batch, carry: Params | None) -> tuple[Params, Params | None]:
             direction = grad()
+            if self.control == "2":
+                carry = _added(carry, direction)
             torch._foreach_add_(list(direction.values()), correction)
             return direction, carry
 
-        fit = site.fit(message.model, step=step, sum_gradients=self.control == "2")
+        fit = site.fit(message.model, step=step)
         control = self._renew(site, message, fit)
         end = fit.weights
         up = Up(tr.sub(end.params, message.model.params), tr.sub(control, state), end.buffers)
@@ -110,9 +131,10 @@ class Scaffold(Method):
 
     def _renew(self, site: Site, message: Down, fit: Fit) -> Params:
         if self.control == "1":
-            whole = Plan(steps=1, batch_size=len(site.train), sum_gradients=True, optimizer="sgd", purpose="control")
-            return site.fit(message.model, whole).grad_sum
-        mean: Params = tr.scale(fit.grad_sum, 1 / fit.steps)
+            whole = Plan(steps=1, batch_size=len(site.train), step=_kept, optimizer="sgd", purpose="control")
+            control: Params = site.fit(message.model, whole).carry
+            return control
+        mean: Params = tr.scale(fit.carry, 1 / fit.steps)
         return mean
 
     def aggregate(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from consilience.core.model import SplitModel
@@ -29,6 +30,19 @@ class MLP(SplitModel):
         super().__init__(nn.Sequential(*layers), nn.Linear(sizes[-1], outputs), sizes[-1])
 
 
+class MaxPool(nn.Module):
+    """2x2 max pooling: the bits of ``nn.MaxPool2d(2)``. Where no gradient is wanted it takes the larger of
+    neighbours twice, which is up to ten times faster on a CPU, for few channels above all."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(b, c, h, w)`` -> ``(b, c, h // 2, w // 2)``."""
+        if torch.is_grad_enabled():
+            return nn.functional.max_pool2d(x, 2)
+        height, width = x.shape[-2] // 2 * 2, x.shape[-1] // 2 * 2
+        rows = torch.maximum(x[..., 0:height:2, :width], x[..., 1:height:2, :width])
+        return torch.maximum(rows[..., ::2], rows[..., 1::2])
+
+
 def _image(name: str, input_shape: tuple[int, ...], smallest: int) -> tuple[int, int, int]:
     if len(input_shape) != 3 or min(input_shape[1:]) < smallest:
         raise ValueError(f"{name} takes images of shape (channels, height, width) with sides of at least {smallest}")
@@ -44,11 +58,11 @@ class LeNet(SplitModel):
         after = [(side // 2 - 4) // 2 for side in (height, width)]
         features = nn.Sequential(
             nn.Conv2d(channels, 6, 5, padding=2),
+            MaxPool(),  # before the ReLU: the same function and gradient, on a quarter of the values
             nn.ReLU(),
-            nn.MaxPool2d(2),
             nn.Conv2d(6, 16, 5),
+            MaxPool(),
             nn.ReLU(),
-            nn.MaxPool2d(2),
             nn.Flatten(),
             nn.Linear(16 * after[0] * after[1], 120),
             nn.ReLU(),
@@ -65,11 +79,11 @@ class CNN(SplitModel):
         channels, height, width = _image("cnn", input_shape, 4)
         features = nn.Sequential(
             nn.Conv2d(channels, 32, 5, padding=2),
+            MaxPool(),
             nn.ReLU(),
-            nn.MaxPool2d(2),
             nn.Conv2d(32, 64, 5, padding=2),
+            MaxPool(),
             nn.ReLU(),
-            nn.MaxPool2d(2),
             nn.Flatten(),
             nn.Linear(64 * (height // 4) * (width // 4), 512),
             nn.ReLU(),

@@ -76,6 +76,11 @@ class Point(NamedTuple):
     mean: float
     half: float
 
+    def interval(self, *, share: bool) -> tuple[float, float]:
+        """Its ends, of a share within 0 and 1."""
+        low, high = self.mean - self.half, self.mean + self.half
+        return (max(0.0, low), min(1.0, high)) if share else (low, high)
+
 
 def curve(entry: Entry, keys: Sequence[str]) -> list[Point]:
     """A method's curve over the rounds at which any of its seeds was evaluated."""

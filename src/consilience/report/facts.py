@@ -45,6 +45,8 @@ class Entry:
     runs: list[RunFolder]
     scores: Mapping[int, float]
     clients: int
+    share: bool = True
+    """Whether scores are shares (accuracies) rather than losses."""
     slot: int = -1
     gains: list[Dot] = field(default_factory=list)
 
@@ -63,7 +65,7 @@ class Entry:
 
     @cached_property
     def interval(self) -> tuple[float, float] | None:
-        return mean_interval([self.scores[s] for s in sorted(self.scores)])
+        return mean_interval([self.scores[s] for s in sorted(self.scores)], share=self.share)
 
     def last(self, *keys: str) -> float | None:
         """Mean over seeds of a run's last value."""
@@ -191,6 +193,7 @@ def gather(folder: Path) -> Facts:
                 [],
                 scores.values[run.label],
                 trained(run.federation),
+                not scores.lower,
             )
         entries[run.label].runs.append(run)
     federated = {label: e.scores for label, e in entries.items() if not e.reference}

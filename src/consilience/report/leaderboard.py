@@ -32,12 +32,12 @@ class Forest:
         return 100 * min(1.0, max(0.0, (value - self.low) / (self.high - self.low)))
 
     def ticks(self) -> list[float]:
-        """At least three round values."""
+        """Round values, about three or more; none that a share cannot have."""
         most = (self.high - self.low) / 3
         power = 10.0 ** math.floor(math.log10(most))
         step = max(s * power for s in (1, 2, 5) if s * power <= most * 1.0001)
-        start = math.ceil(self.low / step)
-        return [k * step for k in range(start, math.floor(self.high / step) + 1)]
+        low, high = (self.low, self.high) if self.scale.lower else (max(0.0, self.low), min(1.0, self.high))
+        return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
     def axis(self) -> str:
         """The numbers above the intervals."""
@@ -149,14 +149,14 @@ def _columns(facts: Facts) -> list[Measured]:
 
 def _row(facts: Facts, entry: Entry, forest: Forest, rank: str, order: int, ties: str) -> str:
     interval = entry.interval
-    half = f' <span class="ci">± {facts.scale.number((interval[1] - interval[0]) / 2)}</span>' if interval else ""
+    beside = f' <span class="ci">{facts.scale.beside(entry.mean, *interval)}</span>' if interval else ""
     first = order == 0 and len(facts.ranked) > 1
     values = [column.cell(entry) for column in _columns(facts)]
     cells = "".join(f'<td role="cell" class="c{i}" data-v="{c.value}">{c.html}</td>' for i, c in enumerate(values, 1))
     return (
         f'<tr role="row"{" class=win" if first else ""}><td role="cell" class="rk" data-v="{order + 1}">{rank}</td>'
         f'<td role="cell" class="tie">{ties}</td><th scope="row" role="rowheader" class="mt">{named(entry)}</th>'
-        f'<td role="cell" class="key ac" data-v="{entry.mean}">{facts.scale.number(entry.mean)}{half}</td>'
+        f'<td role="cell" class="key ac" data-v="{entry.mean}">{facts.scale.number(entry.mean)}{beside}</td>'
         f'<td role="cell" class="forest l" aria-hidden="true">{forest.bar(entry, facts.local)}</td>{cells}</tr>'
     )
 

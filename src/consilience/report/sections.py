@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from consilience.report import answer
-from consilience.report.blob import HEAT, axes, client_order, curve, measures, partitions, strip_blob
+from consilience.report.blob import HEAT, Point, axes, client_order, curve, measures, partitions, strip_blob
 from consilience.report.evenness import evenness_table
 from consilience.report.facts import Dot, Entry, Facts, held, unfinished
 from consilience.report.markup import Cell, Column, details, empty, mark, named, note, radios, section, table
@@ -71,25 +71,22 @@ def _curves_table(facts: Facts) -> str:
             for goal in marks:
                 # the last evaluation at or before that round
                 point = next((p for p in reversed(points) if p.round <= goal), None)
-                cells += (
-                    "<td>"
-                    + (
-                        f"{facts.scale.number(point.mean)}"
-                        + (f' <span class="ci">± {facts.scale.number(point.half)}</span>' if point.half else "")
-                        if point
-                        else NONE
-                    )
-                    + "</td>"
-                )
+                cells += f"<td>{NONE if point is None else _point(facts, point)}</td>"
             rows += f'<tr><th scope="row" class="stick">{named(entry)}</th>{cells}</tr>'
         title = f'<th scope="rowgroup" class="stick sub" colspan="{len(marks) + 1}">{escape(measure.title)}</th>'
         body += f"<tbody><tr>{title}</tr>{rows}</tbody>"
     head = "".join(f'<th scope="col">Round {goal:,}</th>' for goal in marks)
     return (
         '<div class="scroll" role="region" aria-label="Values of the learning curves" tabindex="0"><table class="ct">'
-        f'<caption class="sr">Learning curves at {len(marks)} rounds, mean over seeds and half of the 95 % interval.'
+        f'<caption class="sr">Learning curves at {len(marks)} rounds, mean over seeds and 95 % interval.'
         f'</caption><thead><tr><th scope="col" class="l stick">Method</th>{head}</tr></thead>{body}</table></div>'
     )
+
+
+def _point(facts: Facts, point: Point) -> str:
+    """A point of a curve with its interval."""
+    beside = facts.scale.beside(point.mean, *point.interval(share=not facts.lower))
+    return facts.scale.number(point.mean) + (f' <span class="ci">{beside}</span>' if point.half else "")
 
 
 def clients_section(facts: Facts, number: int) -> str:

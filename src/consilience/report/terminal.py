@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Mapping, Sequence
 from html import unescape
 from pathlib import Path
@@ -180,16 +179,26 @@ def run_summary(run: RunFolder) -> Table:
     return table
 
 
+def line_score(line: Mapping[str, Any]) -> str:
+    """How a run stands at a line of its history: the global model's accuracy or loss. Where there is no global model,
+    the clients' mean, named, and as a plain number, since the line does not say whether it is a loss."""
+    model, mean = line.get("global") or {}, (line.get("clients") or {}).get("mean")
+    if model.get("accuracy") is not None:
+        return Scale(lower=False).text(model["accuracy"])
+    if model.get("loss") is not None:
+        return f"loss {Scale(lower=True).text(model['loss'])}"
+    return "" if mean is None else f"clients {Scale(lower=True).text(mean)}"
+
+
 class Progress:
     """A line for every run with its rounds, score and time left; without a terminal, a line when a run ends.
 
-    ``with Progress(console, labels=[...], rounds=R) as p: p.update(label, round, accuracy)``
+    ``with Progress(console, labels=[...], rounds=R) as p: p.update(label, line)``, with lines of a history.
     """
 
     def __init__(self, console: Console, labels: Sequence[str], rounds: int) -> None:
         self._console, self._labels, self._rounds = console, list(labels), rounds
         self._tasks: dict[str, TaskID] = {}
-        self._started: dict[str, float] = {}
         self._live: Any = None
 
     def __enter__(self) -> Progress:
@@ -211,21 +220,19 @@ class Progress:
             self._live.start()
         return self
 
-    def update(self, label: str, round: int, accuracy: float | None = None) -> None:
-        """Tell that a run has done so many rounds, and how it scores now (a fraction)."""
-        score = "" if accuracy is None else Scale(lower=False).text(accuracy)
-        first = label not in self._started
-        started = self._started.setdefault(label, time.monotonic())
+    def update(self, label: str, line: Mapping[str, Any]) -> None:
+        """Tell that a run has come to this line of its history."""
+        score, number = line_score(line), int(line["round"])
         if self._live is not None:
             task = self._tasks[label]
-            if first:
+            if not self._live.tasks[task].started:
                 self._live.start_task(task)
             fields = {"score": score} if score else {}
-            self._live.update(task, completed=round, **fields)
-        elif round >= self._rounds:
-            took = time_unit([time.monotonic() - started]).text(time.monotonic() - started)
+            self._live.update(task, completed=number, **fields)
+        elif number >= self._rounds:
             told = f", {score}" if score else ""
-            self._console.print(f"{label}: {plural(round, 'round')}{told}, {took}", markup=False, highlight=False)
+            took = time_unit([line["wall_s"]]).text(line["wall_s"])
+            self._console.print(f"{label}: {plural(number, 'round')}{told}, {took}", markup=False, highlight=False)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -146,6 +146,12 @@ class Scale:
         """``85.9 %``."""
         return f"{self.number(value)}{NBSP}{self.unit}".rstrip(NBSP)
 
+    def beside(self, mean: float, low: float, high: float) -> str:
+        """What stands beside a mean for its interval: ``± 1.2``, or both ends where they are not equally far, as where
+        the interval was cut at 100 %."""
+        up, down = self.number(high - mean), self.number(mean - low)
+        return f"± {up}" if up == down else f"{self.number(low)}…{self.number(high)}"
+
     def gap(self, value: float) -> str:
         """``1.2 points``, of a difference's size."""
         return f"{self.number(abs(value))}{NBSP}{self.points}".rstrip(NBSP)
