@@ -102,7 +102,8 @@ def method_page(card: dict[str, Any]) -> str:
     needs = ", ".join(card["needs"]).replace("_", " ") or "nothing"
     return (
         f"# {card['name']}\n\n"
-        f"{card['family'].capitalize()}. Source: {card['source']} {card['year']}. Needs: {needs}.\n\n"
+        f"{card['family'].capitalize()}. Source: {card['source']} {card['year']}. Needs: {needs}. "
+        f"Schedule: `{cls().default_schedule()}`.\n\n"
         f"```sh\nconsilience run {card['name']} --partition dirichlet:0.3\n```\n\n"
         "## Options\n\n"
         f"{own}\n"

@@ -37,7 +37,6 @@ from consilience.methods.scaffold import Scaffold
 from consilience.models.small import Linear, SplitModel
 from consilience.schedule.rounds import Rounds
 from consilience.simulate import prepare
-from consilience.wire.validate import Validation
 
 SIZES = (7, 12, 20, 6, 10)
 FEATURES, CLASSES = 5, 3
@@ -192,7 +191,7 @@ def loop(
         clock=Instant(),
         measures=Standard(),
         recorder=memory,
-        stages=(Validation(executor.worker.place),),
+        stages=() if executor.worker.check is None else (executor.worker.check,),
         evaluation=evaluation or Evaluation(),
         checkpoint_every=1,
         **more,

@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from consilience.core.errors import ConfigError, nearest
 from consilience.core.training import Training
+from consilience.core.units import parse_bytes
 
 
 def _number(value: Any) -> Any:
@@ -32,6 +33,14 @@ def _listed(value: Any) -> Any:
     if isinstance(value, str):
         return [part.strip() for part in value.split(",") if part.strip()]
     return value
+
+
+def _memory(value: Any) -> str:
+    try:
+        parse_bytes(value)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+    return str(value)
 
 
 Share = Annotated[int | float, BeforeValidator(_number)]
@@ -74,6 +83,9 @@ class Config(BaseModel):
     seeds: int = Field(1, ge=1, description="repetitions, with seeds seed, seed + 1, ...")
     executor: Literal["auto", "serial", "processes", "stacked"] = Field("auto", description="where clients run")
     workers: int | None = Field(None, ge=1, description="worker processes (cores)")
+    client_state_memory: Annotated[str, BeforeValidator(_memory)] = Field(
+        "1GB", description="clients' states to keep in memory; others go to files in the run's folder"
+    )
     checkpoint_every: int = Field(10, ge=0, description="rounds between checkpoints; 0: only at the end")
     out: str | None = Field(None, description="folder to write (runs/...)")
 

@@ -157,6 +157,7 @@ def execute(
         checkpoint_every=config.checkpoint_every,
         executor=executor or config.executor,
         workers=config.workers,
+        client_state_memory=config.client_state_memory,
         out=folder,
         resume=resume,
         config=spec.file(command),

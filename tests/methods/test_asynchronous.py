@@ -19,9 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import consilience
-from consilience.core import checkpoint
 from consilience.core import tree as tr
-from consilience.core.errors import ConfigError, ConsilienceError
+from consilience.core.errors import CheckpointError, ConfigError, ConsilienceError
 from consilience.core.events import Instant
 from consilience.core.executor import Executor
 from consilience.core.messages import DeltaUpdate, Device, Job, ModelUpdate, Reply, Trip
@@ -30,6 +29,7 @@ from consilience.core.model import Weights
 from consilience.execute.serial import Serial
 from consilience.fleet.availability import Always
 from consilience.fleet.clock import Fleet
+from consilience.folder import read_snapshot
 from consilience.methods import DPSGD, FedASMU, FedAsync, FedAU, FedAvg, FedBuff, FedCompass, FedFix
 from consilience.methods.fedasmu import Down, Merge, Own
 from consilience.methods.fedau import Seen, Server
@@ -487,6 +487,16 @@ def test_a_broken_promise_is_told() -> None:
         simulated(Serial(helpers.worker(Boastful(buffer=2))), Buffered(2))
 
 
+def test_a_run_with_devices_from_python_resumes_as_itself(tmp_path: Path) -> None:
+    devices = [Device(1e4, 1e6, 1e6)] * 5
+    options = {"clock": None, "fleet": devices, "out": tmp_path / "run", "checkpoint_every": 1}
+    done = run(FedBuff(buffer=2), **options)
+    again = run(FedBuff(buffer=2), **{**options, "fleet": list(devices)}, resume=True)
+    assert again.digest == done.digest
+    with pytest.raises(CheckpointError, match="another"):
+        run(FedBuff(buffer=2), **{**options, "fleet": "phones"}, resume=True)
+
+
 def test_killed_with_jobs_in_flight(tmp_path: Path) -> None:
     """SIGKILL in the middle of an asynchronous run, with processes; resumed, it ends with the same bits."""
     root = Path(__file__).parents[2]
@@ -503,7 +513,7 @@ def test_killed_with_jobs_in_flight(tmp_path: Path) -> None:
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     assert call(*command, "--out", str(straight)) == 0
     assert call(*command, "--out", str(killed), CONSILIENCE_FAILPOINT="aggregate:7") == -9
-    snapshot, _ = checkpoint.load(killed / "checkpoint")
+    snapshot, _ = read_snapshot(killed)
     assert snapshot.flights or snapshot.arrived
     assert call(sys.executable, "-m", "consilience.cli", "resume", str(killed)) == 0
     for name in ("digest.txt", "timeline.jsonl"):

@@ -55,7 +55,7 @@ class Line:
 
     record: dict[str, Any]
     chunks: Sequence[int]
-    judged: Sequence[tuple[Job, int]]
+    judged: Sequence[tuple[Job, int | None]]
     pairs: Mapping[int, tuple[Score, Score]]
     full: bool
     last: bool
@@ -104,11 +104,13 @@ class Judge:
             ranges = test_ranges(self.federation, self.evaluation.chunk)
             chunks = [self.executor.begin(Call("chunk", rows, predictor, rows[1] - rows[0])) for rows in ranges]
         last = version == self.rounds
-        judged: list[tuple[Job, int]] = []
+        judged: list[tuple[Job, int | None]] = []
         for client in self.clients() if full else []:
-            asked = job(client)
-            train = last and client not in self.federation.unseen
-            judged.append((asked, self.executor.judge(asked, message(client), train=train)))
+            asked, ticket = job(client), None
+            if len(self.federation.data(client).test):  # without test rows there is nothing to judge by
+                train = last and client not in self.federation.unseen
+                ticket = self.executor.judge(asked, message(client), train=train)
+            judged.append((asked, ticket))
         return Line(record, chunks, judged, pairs if full else {}, full, last)
 
     def finish(self, line: Line) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -122,7 +124,9 @@ class Judge:
             record["global"] = self.measures.of_global(
                 self.federation.task, scores, test.y, loss, line.full, test.sensitive
             )
-        found = self.executor.finish([ticket for _, ticket in line.judged])
+        done = iter(self.executor.finish([ticket for _, ticket in line.judged if ticket is not None]))
+        nothing = Score(0, 0.0, None), None
+        found = [nothing if ticket is None else next(done) for _, ticket in line.judged]
         rows = [
             self._row(record["round"], job.client, *pair) for (job, _), pair in zip(line.judged, found, strict=True)
         ]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
+from collections.abc import Sequence
+from typing import Annotated, Any, NamedTuple, Protocol, get_args, get_type_hints
 
 from torch import Tensor
 
@@ -213,9 +214,32 @@ class Reply(NamedTuple):
 
 
 @record
+class Summed(NamedTuple):
+    """In the place of an update that was added up where its client ran, and stayed there. bytes: as encoded."""
+
+    bytes: int
+
+
+@record
 class Inbox(NamedTuple):
     """What a node has got from its neighbours in one mixing phase: message and weight by node id, in id order,
     itself included; the weights sum to 1."""
 
     messages: dict[int, Tree]
     weights: dict[int, float]
+
+
+class Refusal(NamedTuple):
+    """Why one client's update was not combined."""
+
+    client: int
+    field: str
+    reason: str
+
+
+class Stage(Protocol):
+    """A step between collecting and combining: attack, validation, privacy; in that order."""
+
+    def __call__(self, replies: Sequence[Reply], server: Tree) -> tuple[Sequence[Reply], Sequence[Refusal]]:
+        """The replies to go on with, and the ones dropped with reasons."""
+        ...

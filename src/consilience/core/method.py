@@ -19,7 +19,7 @@ from consilience.core import optim
 from consilience.core import tree as tr
 from consilience.core.errors import ConfigError, nearest
 from consilience.core.fit import Fit, Plan, fit_samples, n_steps
-from consilience.core.messages import Broadcast, ClientInfo, DeltaUpdate, Inbox, ModelUpdate, Reply
+from consilience.core.messages import Broadcast, ClientInfo, DeltaUpdate, Inbox, ModelUpdate, Reply, kinds
 from consilience.core.model import Weights
 from consilience.core.predict import Net, Predictor
 from consilience.core.reduce import sample_weights, uniform_weights, weighted_sum
@@ -189,6 +189,18 @@ class Method(Training):
             return uniform_weights(len(replies))
         return sample_weights([reply.samples for reply in replies])
 
+    def sums(self, asked: Sequence[Reply]) -> dict[str, Sequence[float]] | None:
+        """The weights w_i of each field of the updates, if ``aggregate`` wants no more of them than the sums
+        sum_i w_i u_i: it may then get one reply that holds these, and updates need not leave the place where they are
+        made. Weights from what is known when clients are asked: their ids and ``samples``. None: every update is
+        wanted. Counts for the class that says so and what it inherits, not for a class that aggregates otherwise."""
+        return None
+
+    def means(self, asked: Sequence[Reply]) -> dict[str, Sequence[float]] | None:
+        """:meth:`sums` of a method that wants the means with weights :meth:`shares`."""
+        made = self.sends()
+        return None if made is None else dict.fromkeys(kinds(made), self.shares(asked))
+
     def combine(self, model: Weights, replies: Sequence[Reply]) -> Weights:
         """The weighted mean of what clients sent, in the method's form."""
         shares = self.shares(replies)
@@ -267,6 +279,18 @@ class Method(Training):
         if isinstance(update, DeltaUpdate):
             return Net(Weights(tr.add(message.model.params, update.delta), update.buffers), site.model)
         return self.personal_model(site, message, state)
+
+
+def sums_suffice(method: Method) -> bool:
+    """Whether what a method says in ``sums`` holds for how it aggregates: no class below the one that says it may have
+    changed that."""
+    order = type(method).__mro__
+
+    def depth(name: str) -> int:
+        return next(i for i, cls in enumerate(order) if name in vars(cls))
+
+    deciding = ("aggregate", "combine", "mean_delta", "mean_buffers", "shares", "sends")
+    return type(method).sums is not Method.sums and all(depth(name) >= depth("sums") for name in deciding)
 
 
 def keep_buffers(model: Weights, old: Weights) -> Weights:

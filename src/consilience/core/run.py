@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -18,8 +18,8 @@ from consilience.core.evaluate import Evaluation, Judge, Line, Measures
 from consilience.core.events import Clock, Decision, Event, Instant, Schedule, Start, View, draw_cohort
 from consilience.core.executor import Executor
 from consilience.core.failpoint import reach
-from consilience.core.messages import ClientInfo, Inbox, Job, Reply, Score, Trip
-from consilience.core.method import Coin, Phase
+from consilience.core.messages import ClientInfo, Inbox, Job, Refusal, Reply, Score, Stage, Summed, Trip
+from consilience.core.method import Coin, Phase, sums_suffice
 from consilience.core.site import Host
 from consilience.core.streams import philox
 from consilience.core.tree import Tree, record
@@ -54,7 +54,8 @@ class Flight(NamedTuple):
 
 @record
 class Snapshot(NamedTuple):
-    """Everything that a run needs to go on, bit for bit. Nothing is in computation when it is taken."""
+    """Everything that a run needs to go on, bit for bit. Nothing is in computation when it is taken. states: see
+    ``Executor.states``: those on file are read when asked for, and are the run's newest."""
 
     version: int
     time: float
@@ -75,7 +76,7 @@ class Snapshot(NamedTuple):
     rings: int
     news: tuple[Event, ...]
     watch: bool
-    states: dict[int, Tree]
+    states: Mapping[int, Tree]
     pending: dict[int, Tree]
 
 
@@ -91,22 +92,6 @@ class _Open(NamedTuple):
     ticket: int
     order: int
     bound: float
-
-
-class Refusal(NamedTuple):
-    """Why one client's update was not combined."""
-
-    client: int
-    field: str
-    reason: str
-
-
-class Stage(Protocol):
-    """A step between collecting and combining: attack, validation, privacy; in that order."""
-
-    def __call__(self, replies: Sequence[Reply], server: Tree) -> tuple[Sequence[Reply], Sequence[Refusal]]:
-        """The replies to go on with, and the ones dropped with reasons."""
-        ...
 
 
 class Recorder(Protocol):
@@ -175,6 +160,7 @@ class Loop:
         self._laps: list[dict[str, Any]] = []
         self._timed = type(setup.clock) is not Instant
         self._judged: dict[int, tuple[Score, Score]] = {}
+        self._sum_there = sums_suffice(self.method) and all(stage is worker.check for stage in setup.stages)
         if resume is None:
             self.version, self.time, self.next_job, self.order, self.started = 0, 0.0, 0, 0, 0
             self.ready, self.begun, self.chain = True, False, 0
@@ -317,16 +303,31 @@ class Loop:
         if self.program[chain[0]].over == "neighbours":
             self._exchange(jobs)
         else:
-            for job in jobs:
-                self._dispatch(job, chain[1:])
+            for job, ticket in zip(jobs, self._submit_all(jobs, chain), strict=True):
+                self._dispatch(job, chain[1:], ticket)
         self.news += [Event("start", job.id, job.client) for job in jobs]
         return [job.id for job in jobs]
 
-    def _dispatch(self, job: Job, rest: tuple[int, ...], resumes: Flight | None = None) -> None:
-        """Send a job out; it is computed when its arrival could be the next thing to happen."""
+    def _submit_all(self, jobs: Sequence[Job], chain: tuple[int, ...]) -> Sequence[int | None]:
+        """Hand over jobs that begin together, if their updates can be added up where they are made."""
+        phase, none = self.program[chain[0]], [None] * len(jobs)
+        if not jobs or len(chain) > 1 or not self._sum_there:
+            return none
+        messages = [self._message(phase, job.client, job.slot)[0] for job in jobs]
+        weights = self.method.sums([self._asking(job) for job in jobs])
+        if weights is None or any(message is not messages[0] for message in messages):
+            return none
+        return self.executor.submit_all(jobs, messages[0], weights)
+
+    def _dispatch(
+        self, job: Job, rest: tuple[int, ...], ticket: int | None = None, resumes: Flight | None = None
+    ) -> None:
+        """Send a job out; it is computed when its arrival could be the next thing to happen. ticket: if the executor
+        has got it already."""
         phase = self.program[job.phase]
         message, down = self._message(phase, job.client, job.slot)
-        ticket = self.executor.submit(job, message, resumes=resumes is not None)
+        if ticket is None:
+            ticket = self.executor.submit(job, message, resumes=resumes is not None)
         self._spend(bytes_down=down)
         least = self.method.least_samples(phase, self.federation.size(job.client), job.steps)
         bound = self.setup.clock.trip(job, self.time, down=down, up=0, samples=least, steps=0).seconds
@@ -384,14 +385,13 @@ class Loop:
         phase, good = self.program[chain[-1]], list(replies)
         reach("aggregate")
         if phase.over != "neighbours":
-            for stage in self.setup.stages:
-                kept, refusals = stage(good, self.server)
-                good = list(kept)
-                if refusals:
-                    self.setup.recorder.refused(self.version + 1, refusals)
+            summed = self._summed(good)
+            if summed is None:
+                good = self._passed([self._whole(reply) for reply in good])
             if good:
                 cohort = [reply.job.client for reply in replies]
-                call = Call("aggregate", (chain[-1], self.version, self.server, good, cohort))
+                given = good if summed is None else [summed]
+                call = Call("aggregate", (chain[-1], self.version, self.server, given, cohort))
                 here = self.worker.run if not self.method.trains_on_server else self.executor.run
                 self.server, samples, steps = here(call)
                 self._spend(samples=samples, steps=steps)
@@ -407,6 +407,30 @@ class Loop:
             [reply.job for reply in good], [reply.job for reply in replies if reply.job.id not in kept_ids]
         )
         return good
+
+    def _passed(self, replies: list[Reply]) -> list[Reply]:
+        """The replies that every stage lets through."""
+        for stage in self.setup.stages:
+            kept, refusals = stage(replies, self.server)
+            replies = list(kept)
+            if refusals:
+                self.setup.recorder.refused(self.version + 1, refusals)
+        return replies
+
+    def _summed(self, replies: Sequence[Reply]) -> Reply | None:
+        """One reply that holds the sums of these, if they were added up where they were made."""
+        sums = self.executor.sums([reply.job for reply in replies])
+        made = self.method.sends()
+        if sums is None or made is None:
+            return None
+        return replies[0]._replace(update=made(**sums), samples=sum(reply.samples for reply in replies))
+
+    def _whole(self, reply: Reply) -> Reply:
+        """A reply with its update, which is made once more if it was only added up."""
+        if not isinstance(reply.update, Summed):
+            return reply
+        self._sum_there = False  # this run combines otherwise than it starts, or has clients that err
+        return reply._replace(update=self.executor.redo(reply.job).update)
 
     def _exchange(self, jobs: Sequence[Job]) -> None:
         """A phase among neighbours: everybody sends, then everybody mixes what has come."""
@@ -505,12 +529,14 @@ class Loop:
 
     def snapshot(self) -> Snapshot:
         """The state now."""
+        self.arrived = {job: self._whole(reply) for job, reply in self.arrived.items()}
+        self.flights = {job: f._replace(reply=self._whole(f.reply)) for job, f in self.flights.items()}
         return Snapshot(
             self.version, self.time, self.next_job, self.order, self.started, self.ready, self.begun, self.chain,
             self.server, self.schedule, dict(sorted(self.numbers.items())), dict(sorted(self.admitted.items())),
             self.totals, tuple(self.arrived.values()), tuple(self.flights.values()), tuple(self.timers),
             self.rings, tuple(self.news), self.watch,
-            dict(self.executor.states()), dict(self.executor.pending()),
+            self.executor.states(), dict(self.executor.pending()),
         )  # fmt: skip
 
     def _restore(self, s: Snapshot) -> None:
@@ -537,6 +563,10 @@ class Loop:
     def _idle(self, busy: frozenset[int]) -> np.ndarray:
         return self.clients if not busy else self.clients[~np.isin(self.clients, list(busy))]
 
+    def _online(self, clients: np.ndarray) -> np.ndarray:
+        here = self.setup.clock.online(clients, self.time, self.version)
+        return clients if here.all() else clients[here]
+
     def _view(self) -> View:
         busy = self._busy()
         running = {o.job.id: o.job for o in self._open} | {f.job.id: f.job for f in self.flights.values()}
@@ -547,19 +577,16 @@ class Loop:
         drawn: list[int] = []
 
         def draw(size: int, among: Sequence[int] | None = None) -> list[int]:
-            idle = self._idle(busy)
-            here = self.setup.clock.online(idle, self.time, self.version)
-            idle = idle if here.all() else idle[here]
-            if among is None:
-                chosen = self.method.select(self.server, view)
-                if chosen is not None:
-                    free = {int(c) for c in idle}
-                    return sorted(int(c) for c in chosen if int(c) in free)
-            else:
-                idle = idle[np.isin(idle, list(among))]
+            chosen = self.method.select(self.server, view) if among is None else None
+            if chosen is not None:
+                wanted = np.array(sorted(int(c) for c in chosen if int(c) not in busy), dtype=np.int64)
+                return [int(c) for c in self._online(wanted)]
             rng = philox(self.place.seed, "cohort", self.version, self.started, *drawn)
             drawn.append(size)  # another draw of the same decision is another stream
-            return draw_cohort(rng, idle, size)
+            if among is None and not self._timed:
+                return draw_cohort(rng, self.clients, size, busy)  # costs what is drawn, not what there is
+            idle = self._online(self._idle(busy))
+            return draw_cohort(rng, idle if among is None else idle[np.isin(idle, list(among))], size)
 
         return view._replace(draw=draw)
 
@@ -613,6 +640,11 @@ class Loop:
         device = self.setup.clock.device(client)
         return ClientInfo(client, self.federation.size(client), self.place.model_of(client), slot, device)
 
+    def _asking(self, job: Job) -> Reply:
+        """What is known of a reply when its job begins."""
+        nothing = (0, 0, 0, 0.0, math.nan)
+        return Reply(job, None, self.federation.size(job.client), *nothing)
+
     def _shared(self, message: Tree) -> Tree:
         """One object for messages made of the same tensors, so that an executor sends them once."""
         key = (type(message), *(id(x) if isinstance(x, Tensor) else x for x in tr.leaves(message)))
@@ -639,6 +671,9 @@ def _part(cost: Totals, leg: Trip) -> Totals:
 
 def _bytes(message: Tree) -> int:
     """Encoded bytes; a message that is not sent costs nothing."""
+    if isinstance(message, Summed):
+        size: int = message.bytes
+        return size
     return 0 if message is None else encoded_size(message)
 
 

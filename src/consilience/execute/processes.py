@@ -26,8 +26,9 @@ import torch
 
 from consilience.core.encode import Encoder, decode
 from consilience.core.errors import ClientError, WorkerError
-from consilience.core.executor import Executor
+from consilience.core.executor import Executor, ready
 from consilience.core.messages import Job, Work
+from consilience.core.reduce import BLOCK
 from consilience.core.tree import Tree, clone
 from consilience.core.worker import Call, Worker
 from consilience.execute.memory import keep_freed_memory
@@ -37,6 +38,8 @@ INLINE = 1 << 14
 """Trees up to this many bytes travel in the pipe."""
 AHEAD = 2
 """Calls given to a worker at a time: one to work on, one to go on with."""
+EACH = 3
+"""Blocks of clients that a worker should get at least, or some would wait for others."""
 DEATHS = 3
 """Workers that one call may cost."""
 
@@ -165,8 +168,11 @@ class Processes(Executor):
         self._out: dict[int, _Out] = {}
         self._queue: list[tuple[float, int]] = []
         self._done: dict[int, Tree] = {}
+        self._failed: dict[int, ClientError] = {}
+        """Raised when the call is asked for, so that of several the same one is seen whoever comes first."""
         self._shared: dict[int, _Shared] = {}
         self._next, self._made, self._written = 0, 0, 0
+        self.pays_from = EACH * BLOCK * workers
         self._context = start_context()
         self._children: list[_Child] = []
         for _ in range(workers):
@@ -181,15 +187,18 @@ class Processes(Executor):
 
     def finish(self, tickets: Sequence[int]) -> list[Tree]:
         """Wait for these calls; others go on."""
-        while any(ticket not in self._done for ticket in tickets):
-            self._hand_out()
-            self._wait()
+        for ticket in tickets:
+            while ticket not in self._done and ticket not in self._failed:
+                self._hand_out()
+                self._wait()
+            if ticket in self._failed:
+                raise self._failed[ticket]
         self._hand_out()
         return [self._done.pop(ticket) for ticket in tickets]
 
-    def collect(self, jobs: Sequence[Job], tickets: Sequence[int]) -> Iterator[Work]:
+    def collect(self, jobs: Sequence[Job], tickets: Sequence[int], again: bool = False) -> Iterator[Work]:
         """What these jobs did. New states are copied out of shared memory, since they live long."""
-        for job, work in zip(jobs, super().collect(jobs, tickets), strict=True):
+        for job, work in zip(jobs, super().collect(jobs, tickets, again), strict=True):
             self._pending[job.id] = clone(self._pending[job.id])
             yield work
 
@@ -225,7 +234,7 @@ class Processes(Executor):
                 return
             _, ticket = heapq.heappop(self._queue)
             out = self._out[ticket]
-            at, inline = _pack(out.call.args, self._segments)
+            at, inline = _pack(ready(out.call).args, self._segments)
             out.segment = at[0]
             shared_id, shared_at = self._share(out.call.shared)
             free, child.free[:] = list(child.free), []
@@ -273,7 +282,8 @@ class Processes(Executor):
             out = self._out.pop(ticket)
             self._release(out)
             if kind == "client":
-                raise ClientError(*what)
+                self._failed[ticket] = ClientError(*what)
+                continue
             if kind == "failed":
                 raise WorkerError(f"a worker failed in '{out.call.name}': {what[0]}\n{what[1]}")
             data = self._mapped.watched(what[0], what[1], child.free) if what[0] else body

@@ -31,6 +31,7 @@ class Stacked(Processes):
         check_greenlet()
         importlib.import_module("torch._dynamo")  # vmap wants it, and it is slow: once here, not in every worker
         super().__init__(worker, workers)
+        self.pays_from = 0  # these are other blocks
         self._held: dict[int, Call] = {}
         self._member: dict[int, tuple[int, int]] = {}
         """(ticket of its stack, place in it) by ticket."""

@@ -28,15 +28,15 @@ from consilience.fleet.availability import Availability, parse
 def flops(architecture: Architecture) -> float:
     """FLOP to train on one row: forward and backward, counted once per architecture by torch's counter.
 
-    It counts matrix products and convolutions; a model with neither, or that only an operator knows how to evaluate,
-    gets six for each parameter.
+    It counts matrix products and convolutions; a model with neither, or that cannot be evaluated here, gets six for
+    each parameter. (One that always fails will do so at its first client, whose error says where.)
     """
     from torch.utils.flop_counter import FlopCounterMode
 
     module = architecture.build().train()
     with torch_fork(0), torch.enable_grad(), FlopCounterMode(display=False) as counter:
         rows = torch.zeros(2, *architecture.input_shape, dtype=architecture.dtype)  # BatchNorm wants two
-        with contextlib.suppress(NotImplementedError):
+        with contextlib.suppress(Exception):
             module(rows).sum().backward()
     found = counter.get_total_flops() / 2
     return found or 6.0 * sum(p.numel() for p in module.parameters())

@@ -16,7 +16,7 @@ DRAWN = 60
 
 
 def summarise(fleet: Fleet, federation: Federation) -> list[dict[str, Any]]:
-    """Rows for a table: ``name``, ``unit``, and ``least``, ``quarter``, ``median``, ``most``, ``three_quarters``.
+    """Rows for a table: ``name``, ``unit``, and ``least``, ``quarter``, ``median``, ``three_quarters``, ``most``.
 
     Speeds in GFLOP/s, links in MB/s, latency in ms, memory in GB, power in W, seconds of one pass over a client's own
     rows, and the share of a week of virtual time that a client is online.
@@ -58,6 +58,6 @@ def describe(fleet: Fleet, federation: Federation, until: float) -> dict[str, An
     n = min(federation.n_clients, 2000)
     return {
         "devices": [fleet.devices[c]._asdict() for c in range(n)],
-        "offline": {str(c): fleet.availability.offline(c, until) for c in range(min(n, DRAWN))},
+        "offline": [fleet.availability.offline(c, until) for c in range(min(n, DRAWN))],
         "until": until,
     }

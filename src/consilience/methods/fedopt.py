@@ -50,6 +50,7 @@ class FedAvgM(Method):
     family = "server optimiser"
     source = "Hsu et al."
     year = 2019
+    sums = Method.means
 
     server_lr: Annotated[float, Gt(0)] = option(1.0, "server step size eta_g", Search(0.1, 10.0))
     server_momentum: Annotated[float, Ge(0), Lt(1)] = option(0.9, "beta", Search(0.0, 0.99, log=False))
@@ -101,6 +102,7 @@ class _Adaptive(Method):
     family = "server optimiser"
     source = "Reddi et al., ICLR"
     year = 2021
+    sums = Method.means
 
     server_lr: Annotated[float, Gt(0)] = option(0.03, "server step size eta_g", Search(1e-3, 1.0))
     beta_1: Annotated[float, Ge(0), Lt(1)] = option(0.9, "decay of the first moment")

@@ -10,6 +10,7 @@ from annotated_types import Ge, Gt
 from torch import Tensor
 
 from consilience.core.fit import Batch, Models, Plan
+from consilience.core.messages import DeltaUpdate, ModelUpdate
 from consilience.core.method import Method, Needs, Phase
 from consilience.core.model import Weights
 from consilience.core.site import Site
@@ -37,6 +38,7 @@ class Moon(Method):
     family = "skewed data"
     source = "Li et al., CVPR"
     year = 2021
+    sums = Method.means
     needs = Needs(split_model=True, classification=True, loss=True)
     unstacked = "the loss looks at two more networks, which are each client's own"
 
@@ -47,6 +49,10 @@ class Moon(Method):
         """Train with the contrast, remember the result."""
         fit = self.train(site, message, state)
         return self.pack(message.model, fit.weights), fit.weights
+
+    def sends(self) -> type:
+        """Models or differences, as FedAvg."""
+        return ModelUpdate if self.form == "model" else DeltaUpdate
 
     def plan(self, site: Site, message: Tree, state: Weights | None) -> Plan:
         """Cross-entropy plus contrast."""

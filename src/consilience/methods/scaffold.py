@@ -98,6 +98,11 @@ class Scaffold(Method):
         """See :class:`Up`."""
         return Up
 
+    def sums(self, asked: Sequence[Reply]) -> dict[str, Sequence[float]]:
+        """Means of differences and buffers, the plain sum of the controls' changes."""
+        shares = self.shares(asked)
+        return {"delta": shares, "control": [1.0] * len(asked), "buffers": shares}
+
     def init_server(self, host: Host) -> Server:
         """c = 0."""
         model = host.initial()
@@ -143,9 +148,9 @@ class Scaffold(Method):
         """Move x by the mean difference, c by the changes over N."""
         shares = self.shares(replies)
         params = tr.axpy(self.server_lr, self.mean_delta(replies, shares), server.model.params)
-        change = weighted_sum([reply.update.control for reply in replies], [1 / host.clients] * len(replies))
+        change = weighted_sum([reply.update.control for reply in replies], [1.0] * len(replies))
         model = keep_buffers(Weights(params, self.mean_buffers(replies, shares)), server.model)
-        return Server(model, tr.add(server.control, change))
+        return Server(model, tr.axpy(1 / host.clients, change, server.control))
 
     def trained_model(self, site: Site, message: Down, update: Up, state: Params) -> Predictor:
         """x + (y_i - x)."""

@@ -14,6 +14,7 @@ from string import Template
 from consilience.report import answer
 from consilience.report.blob import page_blob
 from consilience.report.certainty import certainty_section
+from consilience.report.devices import devices_section
 from consilience.report.facts import Facts, gather
 from consilience.report.groups import groups_section
 from consilience.report.leaderboard import leaderboard_section
@@ -27,6 +28,7 @@ from consilience.report.sections import (
     subject,
 )
 from consilience.report.targets import target_section
+from consilience.report.timeline import timelines
 from consilience.report.tuned import read_tuning, tuning_section
 
 SECTIONS: list[tuple[str, str, Callable[[Facts, int], str]]] = [
@@ -38,6 +40,7 @@ SECTIONS: list[tuple[str, str, Callable[[Facts, int], str]]] = [
     ("clients", "Who gains, who loses", clients_section),
     ("groups", "Fairness between groups", groups_section),
     ("federation", "The federation", federation_section),
+    ("devices", "Devices and time", devices_section),
     ("cost", "Cost", cost_section),
     ("tuning", "Tuning", tuning_section),
     ("reproduce", "Reproduce", reproduce_section),
@@ -72,6 +75,7 @@ def render(facts: Facts) -> str:
         "certainty": alone,
         "target": facts.compare.get("target") is None,
         "tuning": read_tuning(facts.folder) is None,
+        "devices": not timelines(facts),
     }
     shown = [s for s in SECTIONS if not absent.get(s[0])]
     title = re.sub(r"<[^>]*>", "", answer.first(facts)).partition(":")[0]
