@@ -75,10 +75,15 @@ def options() -> str:
 def training() -> str:
     """The options of :class:`Training`."""
     rows = [
-        (f"`--{name.replace('_', '-')}`", value(field.default), field.metadata["help"])
+        (
+            f"`--{name.replace('_', '-')}`",
+            value(field.default),
+            field.metadata["help"],
+            str(field.metadata["search"] or ""),
+        )
         for name, field in TRAINING.items()
     ]
-    return table(("option", "default", "meaning"), rows)
+    return table(("option", "default", "meaning", "searched by `--tune`"), rows)
 
 
 def usage() -> str:
@@ -101,13 +106,14 @@ def method_page(card: dict[str, Any]) -> str:
     cls = methods.get(card["name"])
     base = Method.options()
     mine = [k for k in card["options"] if k not in base or card["options"][k]["default"] != base[k].default]
-    rows = [(f"`{k}`", value(card["options"][k]["default"]), card["options"][k]["help"]) for k in mine]
+    options = card["options"]
+    rows = [(f"`{k}`", value(options[k]["default"]), options[k]["help"], options[k]["search"] or "") for k in mine]
     text = ""
     if "__doc__ =" in inspect.getsource(cls):  # mkdocstrings reads only docstrings that stand in the source
         text = card["text"] + "\n\n"
         if "\n    Source:" in text:  # put together from indented parts, which the card leaves indented
             text = re.sub(r"^ {1,4}", "", text, flags=re.MULTILINE)
-    own = table(("option", "default", "meaning"), rows) if rows else "None of its own.\n"
+    own = table(("option", "default", "meaning", "searched by `--tune`"), rows) if rows else "None of its own.\n"
     needs = ", ".join(card["needs"]).replace("_", " ") or "nothing"
     return (
         f"# {card['name']}\n\n"

@@ -53,6 +53,7 @@ def describe(federation: Federation) -> dict[str, Any]:
         "unseen": sorted(federation.unseen),
         "groups": None if federation.groups is None else list(federation.groups),
         "names": list(federation.names),
+        "sensitive": dict(federation.about.get("sensitive", {})),
     }
     if n <= DRAWN:
         about["sizes"] = [federation.size(client) for client in range(n)]

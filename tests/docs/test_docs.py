@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from consilience import experiment, methods
-from consilience.config import TRAINING, Config, Settings, settle
+from consilience.config import COMPARE_KEYS, TRAINING, Config, Settings, settle
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")]
@@ -146,8 +146,14 @@ def test_commands_are_right(command: str) -> None:
         else:
             names.append(word)
     options.pop("config", None)
-    own = {key: options.pop(key) for key in list(options) if key not in {*Config.model_fields, *TRAINING, "reference"}}
+    own = {
+        key: options.pop(key)
+        for key in list(options)
+        if key not in {*Config.model_fields, *TRAINING, *COMPARE_KEYS, "federation"}
+    }
     assert name == "run" or not own
+    if "federation" in options:
+        options["federations"] = [options.pop("federation")]  # type: ignore[assignment]
     settings = settle(options)
     for text in names:
         assert methods.get(text.partition(":")[0]).options().keys() >= own.keys()

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from consilience.measure.statistics import t_interval
 from consilience.report.facts import SLOTS, Dot, Entry, Facts
+from consilience.report.groups import plane_blob
 from consilience.report.words import Unit, byte_unit, count_unit, time_unit
 
 POINTS = 200
@@ -256,5 +257,6 @@ def page_blob(facts: Facts) -> str:
         "curves": curves_blob(facts),
         "strip": strip_blob(facts),
         "federation": federation_blob(facts),
+        "plane": plane_blob(facts),
     }
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from html import unescape
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from consilience.report.load import RunFolder
-from consilience.report.words import NONE, Scale, byte_unit, count_unit, plural, time_unit
+from consilience.report.words import NONE, Scale, Unit, byte_unit, count_unit, plural, time_unit
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,6 +62,83 @@ def leaderboard_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def show_comparison(console: Console, rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """A comparison's table, the answer in words, and what was asked for beside it."""
+    console.print(leaderboard_table(rows))
+    if (folder / "ranks.json").is_file():
+        from consilience.report.overview import verdict_of
+
+        console.print(_wrapped(verdict_of(folder)), markup=False, highlight=False)
+        return
+    from consilience.report.answer import first
+    from consilience.report.certainty import differences_finding, reference_of
+    from consilience.report.facts import gather
+
+    facts = gather(folder)
+    said = [first(facts)]
+    if reference_of(facts) is not None and len(facts.seeds) > 1:
+        from consilience.measure.contrasts import differences
+
+        scores = {entry.label: entry.scores for entry in facts.entries}
+        said.append(differences_finding(facts, differences(scores, str(reference_of(facts)))))
+        console.print(difference_table(rows))
+    if facts.compare.get("target") is not None:
+        console.print(target_table(rows))
+    for sentence in said:
+        console.print(_wrapped(sentence), markup=False, highlight=False)
+
+
+def _wrapped(html: str) -> str:
+    """A sentence of the report as plain text."""
+    return unescape(re.sub(r"<[^>]*>", "", html))
+
+
+def difference_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Each method less the reference, with tests (Holm-corrected but for the first p) and the smallest p that sign
+    flips can give."""
+    scale = Scale(bool(rows) and rows[0]["accuracy"] is None)
+    unit = f" {scale.points}" if scale.points else ""
+    table = _grid(f"Difference from {rows[0]['reference']}, paired by seed; p of a t-test and by sign flips")
+    table.add_column("Method", overflow="fold")
+    for head in (f"Less it{unit}", "95 % CI", "p", "Holm", "Flips", "Least"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for row in rows:
+        if row["difference"] is None:
+            continue
+        ci = row["difference_ci"]
+        cells = [scale.signed(row["difference"]), f"{scale.signed(ci[0])}…{scale.signed(ci[1])}" if ci else NONE]
+        ps = [row[key] for key in ("p", "p_holm", "p_exact_holm", "p_smallest")]
+        table.add_row(str(row["method"]), *cells, *(NONE if p is None else f"{p:.3f}" for p in ps))
+    return table
+
+
+def target_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """What reaching the target cost: medians over seeds, ">" where most runs did not get there."""
+    scale = Scale(bool(rows) and rows[0]["accuracy"] is None)
+    table = _grid(f"Cost to reach {scale.text(rows[0]['target'])}, median over seeds")
+    table.add_column("Method", overflow="fold")
+    known = [row for row in rows if row["to_target"]]
+
+    def largest(key: str) -> list[float]:
+        return [row["to_target"][key]["beyond"] for row in known]
+
+    units = {"rounds": Unit("rounds", 1, 0), "bytes": byte_unit(largest("bytes"))}
+    units |= {"samples": count_unit(largest("samples")), "wall_s": time_unit(largest("wall_s"))}
+    if any(largest("virtual_s")):
+        units["virtual_s"] = time_unit(largest("virtual_s"))
+    heads = {"rounds": "Rounds", "bytes": "Traffic", "samples": "Samples", "wall_s": "Wall", "virtual_s": "Virtual"}
+    for head in ("Reached", *(f"{heads[k]} {u.name if k != 'rounds' else ''}".strip() for k, u in units.items())):
+        table.add_column(head, justify="right", no_wrap=True)
+    for row in known:
+        costs = [(row["to_target"][key], unit) for key, unit in units.items()]
+        cells = [
+            unit.number(c["median"]) if c["median"] is not None else f"> {unit.number(c['beyond'])}"
+            for c, unit in costs
+        ]
+        table.add_row(str(row["method"]), f"{row['reached']} of {row['seeds']}", *cells)
+    return table
+
+
 def run_summary(run: RunFolder) -> Table:
     """What a run came to: its last scores and what it cost."""
     from consilience.measure.statistics import last_of
@@ -82,6 +162,10 @@ def run_summary(run: RunFolder) -> Table:
         value = last_of(run, *keys)
         if value is not None:
             table.add_row(title, scale.text(value))
+    for name in run.federation.get("sensitive") or ():
+        gap = last_of(run, "clients", "groups", name, "demographic_parity")
+        if gap is not None:
+            table.add_row(f"Parity between groups by {name}", f"{accuracy.gap(gap)} apart")
     for title, key, unit in (
         ("Bytes up", "bytes_up", byte_unit),
         ("Bytes down", "bytes_down", byte_unit),
