@@ -18,6 +18,17 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+def _method_column(table: Table, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Labels of up to 20 letters stand in one line; a longer one folds before any number does."""
+    longest = max((len(str(row["method"])) for row in rows), default=0)
+    table.add_column("Method", overflow="fold", min_width=min(longest, 20))
+
+
+def _in_two(head: str) -> str:
+    """A heading of two words in two lines, so that the table fits a narrow terminal."""
+    return head if head == "95 % CI" else head.replace(" ", "\n", 1)
+
+
 def _grid(title: str, header: bool = True) -> Table:
     from rich import box
     from rich.table import Table
@@ -43,13 +54,13 @@ def leaderboard_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     metric = "global model" if rows and rows[0]["metric"] == "global" else "client mean"
     unit = f" {scale.unit}" if scale.unit else ""
     table = _grid(f"{key.capitalize()} of the {metric}, mean over seeds")
-    table.add_column("Method", overflow="fold")  # a long label folds before any number does
+    _method_column(table, rows)
     both = not scale.lower and metric == "global model"
     heads = [f"{key.capitalize()}{unit}", "95 % CI", *(["Clients %"] if both else [])]
     heads += [] if scale.lower else ["Worst 10 %"]
     heads += [traffic.name, f"Wall {wall.name}", *([f"Virtual {virtual.name}"] if moved else []), "Seeds"]
     for head in heads:
-        table.add_column(head, justify="right", no_wrap=True)
+        table.add_column(_in_two(head), justify="right", no_wrap=True)
     for i, row in enumerate(rows):
         ci = row[f"{key}_ci"]
         cells = [scale.number(row[key]), f"{scale.number(ci[0])}…{scale.number(ci[1])}" if ci else NONE]
@@ -99,9 +110,9 @@ def difference_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     scale = Scale(bool(rows) and rows[0]["accuracy"] is None)
     unit = f" {scale.points}" if scale.points else ""
     table = _grid(f"Difference from {rows[0]['reference']}, paired by seed; p of a t-test and by sign flips")
-    table.add_column("Method", overflow="fold")
-    for head in (f"Less it{unit}", "95 % CI", "p", "Holm", "Flips", "Least"):
-        table.add_column(head, justify="right", no_wrap=True)
+    _method_column(table, rows)
+    for head in (f"Difference{unit}", "95 % CI", "p", "Holm", "Flips", "Least"):
+        table.add_column(_in_two(head), justify="right", no_wrap=True)
     for row in rows:
         if row["difference"] is None:
             continue
@@ -116,7 +127,7 @@ def target_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """What reaching the target cost: medians over seeds, ">" where most runs did not get there."""
     scale = Scale(bool(rows) and rows[0]["accuracy"] is None)
     table = _grid(f"Cost to reach {scale.text(rows[0]['target'])}, median over seeds")
-    table.add_column("Method", overflow="fold")
+    _method_column(table, rows)
     known = [row for row in rows if row["to_target"]]
 
     def largest(key: str) -> list[float]:
@@ -128,7 +139,7 @@ def target_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         units["virtual_s"] = time_unit(largest("virtual_s"))
     heads = {"rounds": "Rounds", "bytes": "Traffic", "samples": "Samples", "wall_s": "Wall", "virtual_s": "Virtual"}
     for head in ("Reached", *(f"{heads[k]} {u.name if k != 'rounds' else ''}".strip() for k, u in units.items())):
-        table.add_column(head, justify="right", no_wrap=True)
+        table.add_column(_in_two(head), justify="right", no_wrap=True)
     for row in known:
         costs = [(row["to_target"][key], unit) for key, unit in units.items()]
         cells = [
