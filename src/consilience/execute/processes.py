@@ -16,7 +16,7 @@ import shutil
 import signal
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -27,7 +27,6 @@ import torch
 from consilience.core.encode import Encoder, decode
 from consilience.core.errors import ClientError, WorkerError
 from consilience.core.executor import Executor, ready
-from consilience.core.messages import Job, Work
 from consilience.core.tree import Tree, clone
 from consilience.core.worker import Call, Worker
 from consilience.execute.memory import keep_freed_memory
@@ -82,6 +81,14 @@ def _pack(tree: Tree, segments: Segments) -> tuple[list[Any], bytes]:
     return [name, encoder.size], b""
 
 
+def _pack_result(result: Tree, segments: Segments) -> tuple[list[Any], bytes]:
+    """A result's references and inline bytes. The parts of a tuple are apart, so that the memory of a large one is
+    free as soon as nobody looks at that part: a client's new state, say, long before its update."""
+    apart = type(result) is tuple
+    packed = [_pack(part, segments) for part in (result if apart else [result])]
+    return [apart, [at for at, _ in packed]], b"".join(inline for _, inline in packed)
+
+
 def _send(pipe: Connection, head: list[Any], body: bytes) -> None:
     pipe.send_bytes(json.dumps(head).encode() + b"\n" + body)
 
@@ -122,7 +129,7 @@ def _answer(worker: Worker, pipe: Connection, mapped: Mapped, segments: Segments
                 shared = (shared_id, decode(mapped.view(*shared_at), copy=False))
             args = decode(mapped.view(*args_at) if args_at[0] else body, copy=False)
             result = worker.run(Call(function, args, shared[1] if shared_id is not None else None))
-            at, inline = _pack(result, segments)
+            at, inline = _pack_result(result, segments)
             answer = [ticket, "done", at], inline
         except ClientError as error:
             answer = [ticket, "client", [str(error), error.trace]], b""
@@ -186,12 +193,6 @@ class Processes(Executor):
             self._wait()
         self._hand_out()
         return [self._done.pop(ticket) for ticket in tickets]
-
-    def collect(self, jobs: Sequence[Job], tickets: Sequence[int]) -> Iterator[Work]:
-        """What these jobs did. New states are copied out of shared memory, since they live long."""
-        for job, work in zip(jobs, super().collect(jobs, tickets), strict=True):
-            self._pending[job.id] = clone(self._pending[job.id])
-            yield work
 
     def close(self) -> None:
         """End the workers and free their memory."""
@@ -276,8 +277,21 @@ class Processes(Executor):
                 raise ClientError(*what)
             if kind == "failed":
                 raise WorkerError(f"a worker failed in '{out.call.name}': {what[0]}\n{what[1]}")
-            data = self._mapped.watched(what[0], what[1], child.free) if what[0] else body
-            self._done[ticket] = decode(data, copy=False)
+            result = self._unpack(child, what[0], what[1], body)
+            if out.call.name == "train":  # new states live long, so they leave shared memory at once
+                result = (result[0], clone(result[1]))
+            elif out.call.name == "mix":
+                result = clone(result)
+            self._done[ticket] = result
+
+    def _unpack(self, child: _Child, apart: bool, parts: Sequence[tuple[str, int]], body: bytearray) -> Tree:
+        """The result that a worker has packed."""
+        found, inline = [], memoryview(body)
+        for name, size in parts:
+            data: Any = inline[:size] if not name else self._mapped.watched(name, size, child.free)
+            inline = inline if name else inline[size:]
+            found.append(decode(data, copy=False))
+        return tuple(found) if apart else found[0]
 
     def _replace(self, dead: _Child) -> None:
         """Put a new worker in the place of one that died, and queue its calls again."""
