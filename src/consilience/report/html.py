@@ -64,6 +64,7 @@ def render(facts: Facts) -> str:
     alone = len(facts.entries) == 1
     hidden = {"leaderboard"} if alone and len(facts.seeds) == 1 else set()
     hidden |= set() if timelines(facts) else {"devices"}
+    hidden |= set() if "sizes" in facts.federation else {"federation"}  # too many clients to draw
     shown = [s for s in SECTIONS if s[0] not in hidden]
     title = re.sub(r"<[^>]*>", "", answer.first(facts)).partition(":")[0]
     return Template((assets / "page.html").read_text("utf-8")).substitute(
