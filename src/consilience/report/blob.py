@@ -194,7 +194,7 @@ def partitions(facts: Facts) -> list[tuple[int, Mapping[str, Any]]]:
     found: list[tuple[int, Mapping[str, Any]]] = []
     for seed in facts.seeds:
         federation = next(run.federation for run in facts.runs if run.seed == seed)
-        if not any(f.get("counts") == federation.get("counts") and f.get("sizes") == federation.get("sizes") for _, f in found):
+        if not any(all(f.get(key) == federation.get(key) for key in ("counts", "sizes")) for _, f in found):
             found.append((seed, federation))
     return found
 
