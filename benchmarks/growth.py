@@ -9,6 +9,7 @@ of which the first is left out. Takes a few minutes. Results go to ``benchmarks/
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import os
@@ -23,13 +24,13 @@ from consilience.core.checkpoint import write_atomically
 from consilience.models import architecture
 
 RESULTS = Path(__file__).parent / "results" / "growth.json"
-EVERY, ROUNDS = 3, 18
-"""Rounds between judgements of the global model, and rounds in all."""
+EVERY = 3
+"""Rounds between judgements of the global model."""
 
 
-def seconds_a_round(options: Sequence[str]) -> float:
+def seconds_a_round(options: Sequence[str], rounds: int) -> float:
     """Median seconds a round of ``consilience run fedavg`` with these options."""
-    ended, _, _ = consilience(["fedavg", *options, "--eval-every", str(EVERY)], ROUNDS)
+    ended, _, _ = consilience(["fedavg", *options, "--eval-every", str(EVERY)], rounds)
     return statistics.median(b - a for a, b in itertools.pairwise(ended)) / EVERY
 
 
@@ -52,6 +53,9 @@ def parameters(model: str) -> int:
 
 def main() -> None:
     """Measure, print and keep."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=18, help=f"of each run, at least {2 * EVERY}")
+    rounds = parser.parse_args().rounds
     models = [f"mlp:{width}" for width in (32, 128, 512, 2048)]
     cores = os.cpu_count() or 1
     workers = sorted({1, cores, 2 * cores})
@@ -65,7 +69,7 @@ def main() -> None:
     for name, points in sweeps.items():
         found[name] = line = []
         for x, options in points:
-            line.append((x, seconds_a_round(options)))
+            line.append((x, seconds_a_round(options, rounds)))
             print(f"{name:20} {x:>10,}  {line[-1][1]:.4f} s a round", flush=True)
     write_atomically(RESULTS, json.dumps(found, indent=1) + "\n")
 

@@ -195,7 +195,7 @@ def partitions(facts: Facts) -> list[tuple[int, Mapping[str, Any]]]:
     found: list[tuple[int, Mapping[str, Any]]] = []
     for seed in facts.seeds:
         federation = next(run.federation for run in facts.runs if run.seed == seed)
-        if not any(f.get("counts") == federation.get("counts") and f["sizes"] == federation["sizes"] for _, f in found):
+        if not any(all(f.get(key) == federation.get(key) for key in ("counts", "sizes")) for _, f in found):
             found.append((seed, federation))
     return found
 
@@ -216,7 +216,9 @@ def client_order(federation: Mapping[str, Any]) -> list[int]:
 
 
 def federation_blob(facts: Facts) -> list[dict[str, Any]]:
-    """Who holds what, for every seed's partition."""
+    """Who holds what, for every seed's partition; nothing where there are too many clients to draw."""
+    if "sizes" not in facts.federation:
+        return []
     return [
         {
             "seed": seed,

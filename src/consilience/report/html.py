@@ -102,6 +102,7 @@ def render(facts: Facts) -> str:
         "target": facts.compare.get("target") is None,
         "tuning": read_tuning(facts.folder) is None,
         "devices": not timelines(facts),
+        "federation": "sizes" not in facts.federation,  # too many clients to draw
     }
     shown = [s for s in SECTIONS if not absent.get(s[0])]
     title = re.sub(r"<[^>]*>", "", answer.first(facts)).partition(":")[0]
