@@ -320,8 +320,8 @@ def _limits(sample: Sample, found: dict[str, Any], terms: discriminative.Terms |
     )
     broken = [row for row in found["identities"] if not row["holds"]]
     said += [
-        f"{row['sum'].replace('_', ' ').replace('+', 'and').capitalize()} miss the total by {abs(row['gap']):.2f} bits, "
-        f"more than their interval of {row['interval']:.2f}: trust them no further than that."
+        f"{row['sum'].replace('_', ' ').replace('+', 'and').capitalize()} miss the total by {abs(row['gap']):.2f} "
+        f"bits, more than their interval of {row['interval']:.2f}: trust them no further than that."
         for row in broken
     ]
     said.append("Classifiers miss a part of what inputs tell: read feature and input skew as at least so much.")
