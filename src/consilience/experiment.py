@@ -234,12 +234,30 @@ def profile(config: Config, folder: Path, *, command: str) -> dict[str, Any]:
 
     free(folder)
     federation = make_federation(config)
-    found = {**measure(federation, config.seed), "command": command, "versions": versions()}
+    found = {**measure(federation, config.seed), "fleet": _fleet(config, federation)}
+    found |= {"command": command, "versions": versions()}
     folder.mkdir(parents=True, exist_ok=True)
     save_partition(folder / "partition.json", federation)
     write_atomically(folder / "profile.json", json.dumps(found))
     write_profile(folder)
     return found
+
+
+def _fleet(config: Config, federation: Any) -> list[dict[str, Any]]:
+    """The fleet of a configuration in numbers; it is that of every method, so any that takes all models will do."""
+    from consilience import methods
+    from consilience.fleet.clock import make_fleet
+    from consilience.fleet.summary import summarise
+    from consilience.simulate import prepare
+
+    worker = prepare(
+        methods.get("local").make({}), federation, model=config.model, models=config.models, seed=config.seed
+    )
+    fleet = make_fleet(
+        worker.place, federation, fleet=config.fleet, availability=config.availability,
+        correlation=config.fleet_correlation, drops=config.drops,
+    )  # fmt: skip
+    return summarise(fleet, federation)
 
 
 def check_all(settings: Settings, runs: Sequence[RunSpec]) -> None:

@@ -35,7 +35,7 @@ def summarise(fleet: Fleet, federation: Federation) -> list[dict[str, Any]]:
         ("latency", "ms", [1e3 * d.latency for d in devices]),
         ("memory", "GB", [d.memory / 1e9 for d in devices if d.memory]),
         ("power", "W", [d.watts for d in devices if d.watts is not None]),
-        ("one pass over the own rows", "s", passes),
+        ("pass over own rows", "s", passes),
         ("online", "share", [share_online(fleet, c) for c in clients[:200]]),
     ]
     return [_row(name, unit, values) for name, unit, values in columns if values]
