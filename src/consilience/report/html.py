@@ -59,7 +59,10 @@ def render(facts: Facts) -> str:
     """The page as text."""
     assets = files("consilience.report") / "assets"
     alone = len(facts.entries) == 1
-    shown = [s for s in SECTIONS if not (alone and s[0] == "leaderboard" and len(facts.seeds) == 1)]
+    left_out = {"leaderboard"} if alone and len(facts.seeds) == 1 else set[str]()
+    if not facts.drawn:
+        left_out.add("federation")
+    shown = [s for s in SECTIONS if s[0] not in left_out]
     title = re.sub(r"<[^>]*>", "", answer.first(facts)).partition(":")[0]
     return Template((assets / "page.html").read_text("utf-8")).substitute(
         title=f"{title} · {escape(str(facts.federation.get('name', '')))} · Consilience",

@@ -142,7 +142,7 @@ def _clients_table(facts: Facts) -> str:
     keys = sorted({key for of in by.values() for key in of})
     keys.sort(key=lambda key: lead[key].value * (-1 if facts.lower and local is None else 1) if key in lead else 0.0)
     alone = {(d.seed, d.client): d.value for d in local.accuracies(facts.lower)} if local is not None else {}
-    sizes = {run.seed: run.federation["sizes"] for run in facts.runs}
+    sizes = {run.seed: run.federation.get("sizes") or [] for run in facts.runs}
     columns = [Column("Client", up=True)]
     if len(facts.seeds) > 1:
         columns.append(Column("Seed", up=True))
@@ -152,9 +152,9 @@ def _clients_table(facts: Facts) -> str:
     columns += [Column(e.name, "points" if local and scale.points else scale.unit, up=True) for e in entries]
     rows = []
     for seed, client in keys[:ROWS]:
-        size = int(sizes[seed][client]) if client < len(sizes[seed]) else 0
+        size = int(sizes[seed][client]) if client < len(sizes[seed]) else None
         cells = [Cell(str(seed))] if len(facts.seeds) > 1 else []
-        cells.append(Cell(f"{size:,}", size))
+        cells.append(Cell(NONE, "") if size is None else Cell(f"{size:,}", size))
         if local is not None:
             cells.append(Cell(scale.number(alone.get((seed, client)))))
         for e in entries:
