@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from consilience import experiment
+from consilience.config import settle
 from consilience.core.events import draw_cohort
 from consilience.core.streams import philox
 from consilience.data.federation import OnDemandFederation
@@ -57,6 +59,17 @@ def test_a_round_costs_what_its_participants_cost(method: Any, tmp_path: Any) ->
     assert few == many
     assert many[0] < 1_200
     assert many[1] - many[0] < 6 * 5 * 10
+
+
+def test_a_run_among_very_many_has_its_report(tmp_path: Any) -> None:
+    settings = settle(
+        {"data": "synthetic-ondemand", "clients": 20_000, "unseen": 0.1, "participation": 3, "eval_clients": 4,
+         "rounds": 2, "model": "logistic", "executor": "serial"}
+    )  # fmt: skip
+    (spec,) = experiment.specs(settings, ["fedavg"])
+    made = experiment.make_federation(spec.config)
+    experiment.run_one(spec, tmp_path / "run", made, command="", on_line=lambda line: None)
+    assert "18,000 clients" in (tmp_path / "run" / "report.html").read_text()
 
 
 @given(

@@ -191,9 +191,9 @@ def strip_blob(facts: Facts) -> dict[str, Any]:
 
 
 def partitions(facts: Facts) -> list[tuple[int, Mapping[str, Any]]]:
-    """A federation for every seed whose partition differs from those before it."""
+    """A federation for every seed whose partition differs from those before it; none that is not drawn."""
     found: list[tuple[int, Mapping[str, Any]]] = []
-    for seed in facts.seeds:
+    for seed in facts.seeds if facts.drawn else ():
         federation = next(run.federation for run in facts.runs if run.seed == seed)
         if not any(all(f.get(key) == federation.get(key) for key in ("counts", "sizes")) for _, f in found):
             found.append((seed, federation))
