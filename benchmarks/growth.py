@@ -43,7 +43,7 @@ def images(model: str = "mlp", participants: int = 100) -> list[str]:
 def population(clients: int) -> list[str]:
     """Clients whose rows are drawn when they take part; 100 do in a round."""
     data = ["--data", "synthetic-ondemand", "--clients", str(clients)]
-    return [*data, "--participation", "100", "--local-steps", "5"]
+    return [*data, "--participation", "100", "--local-steps", "5", "--eval-clients", "100"]
 
 
 def parameters(model: str) -> int:

@@ -104,7 +104,7 @@ AGAINST = ("floor", "channels-last", *PEERS)
 def registered(clients: int) -> Side:
     """Consilience with this many registered clients, of which 100 take part in a round."""
     options = ["fedavg", "--data", "synthetic-ondemand", "--clients", str(clients), "--participation", "100"]
-    return lambda rounds: consilience([*options, "--local-steps", "5"], rounds)
+    return lambda rounds: consilience([*options, "--local-steps", "5", "--eval-clients", "100"], rounds)
 
 
 def comparison(script: Sequence[str]) -> Side:

@@ -36,7 +36,7 @@ def files() -> dict[Path, str]:
         "training": training(),
         "methods": method_table(),
         "usage": usage(),
-        "speed": speed(),
+        "speed": speed(), "compiled": compiled(),
     }
     found[DOCS / "growth.svg"] = growth()
     for path in sorted(DOCS.glob("*.md")):
@@ -159,6 +159,19 @@ def speed() -> str:
             others.append((f"{a}, against {b}", unit.replace("_", " "), f"{x:.3g}", f"{y:.3g}", f"**{x / y:.2f}**"))
     extra = "\n" + table(("what", "measured", "first", "second", "ratio"), others) if others else ""
     return table(head, rows) + extra
+
+
+def compiled() -> str:
+    """What benchmarks/compiled.py measured."""
+    found = json.loads((MEASURED / "compiled.json").read_text())
+    rows = []
+    for model, ways in found.items():
+        if isinstance(ways, dict):
+            plain = ways.pop("plain")["step_ms"]
+            for way, one in ways.items():
+                off = [f"**{d:.2f}**" if d > 1e-3 else f"{d:.0e}" for d in one["differences"].values()]
+                rows.append((model, f"`{way}`", *off, f"{plain:.2f}", f"{one['step_ms']:.2f}"))
+    return table(("model", "compiled by", "batch of 32", "then 24", "ms a step without", "with"), rows)
 
 
 PANELS = {
