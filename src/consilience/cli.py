@@ -324,11 +324,28 @@ def plan_command(
 
 
 @app.command("report", cls=Command)
-def report_command(folder: Folder) -> None:
-    """Write report.html (and a comparison's leaderboard.json) anew from the files of a folder."""
+def report_command(
+    folder: Folder,
+    form: Annotated[
+        str | None,
+        typer.Option("--format", help="csv, parquet or latex: write the report's tables instead", metavar=""),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="with --format: folder to write (FOLDER/tables)", metavar="")
+    ] = None,
+) -> None:
+    """Write report.html (and a comparison's leaderboard.json) anew from the files of a folder, or its tables."""
     from consilience import experiment
     from consilience.report.html import write_report
 
+    if form is not None:
+        from consilience.report.tables import write_tables
+
+        for path in write_tables(folder, form, out):
+            typer.echo(path)
+        return
+    if out is not None:
+        raise ConfigError("--out goes with --format; report.html is written into the folder that it reports on")
     if (folder / "profile.json").exists():
         from consilience.report.profile_page import write_profile
 
