@@ -36,7 +36,8 @@ def files() -> dict[Path, str]:
         "training": training(),
         "methods": method_table(),
         "usage": usage(),
-        "speed": speed(), "compiled": compiled(),
+        "speed": speed(),
+        "compiled": compiled(),
     }
     found[DOCS / "growth.svg"] = growth()
     for path in sorted(DOCS.glob("*.md")):
