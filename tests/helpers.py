@@ -13,26 +13,29 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from consilience import simulate
 from consilience.core import tree as tr
 from consilience.core.evaluate import Evaluation
 from consilience.core.events import Instant
 from consilience.core.executor import Executor
 from consilience.core.federation import ClientData, Federation, Split, Task
 from consilience.core.fit import Batch, Plan
-from consilience.core.messages import Job, ModelUpdate, Reply
+from consilience.core.messages import Job, ModelUpdate, Refusal, Reply
 from consilience.core.method import Method, Phase
 from consilience.core.model import Architecture, Weights
 from consilience.core.predict import Net
 from consilience.core.reduce import weighted_sum
-from consilience.core.run import Refusal, Setup, Snapshot
 from consilience.core.run import run as run_loop
+from consilience.core.setup import Setup
 from consilience.core.site import Site
+from consilience.core.snapshot import Snapshot
 from consilience.core.training import option
 from consilience.core.tree import Tree
 from consilience.core.worker import Worker
 from consilience.execute.serial import Serial
 from consilience.measure.metrics import Standard
 from consilience.methods.fedavg import FedAvg
+from consilience.methods.fedopt import FedAdam
 from consilience.methods.scaffold import Scaffold
 from consilience.models.small import Linear, SplitModel
 from consilience.schedule.rounds import Rounds
@@ -203,6 +206,31 @@ def loop(
 def vector(tree: Tree) -> Tensor:
     """All floating numbers of a tree in one float64 vector."""
     return torch.cat([t.double().flatten() for t in tr.tensors(tree) if t.is_floating_point()])
+
+
+# --- runs that die ---------------------------------------------------------------------------------------------
+
+SHAPES: dict[str, tuple[Method, Architecture]] = {
+    "stateless": (FedAvg(batch_size=4), LINEAR),
+    "server": (FedAdam(batch_size=4), LINEAR),
+    "clients": (Scaffold(batch_size=4), LINEAR),
+    "buffers": (FedAvg(batch_size=4, buffers="local"), NORMED),
+    "all": (Scaffold(batch_size=4, buffers="local"), NORMED),
+}
+"""A method, and a model, for each shape of state."""
+
+
+def shaped(shape: str, out: Path | None, failpoint: str = "", executor: str = "serial", **more: Any) -> None:
+    """Run, or resume where there is something to resume; in a process of its own, it may be told to die."""
+    if failpoint:
+        os.environ["CONSILIENCE_FAILPOINT"] = failpoint
+    method, model = SHAPES[shape]
+    begun = out is not None and (out / "config.yaml").exists()
+    usual: dict[str, Any] = {"rounds": 5, "participation": 3, "eval_clients_every": 2, "checkpoint_every": 1}
+    simulate.run(
+        method, federation(), model=model, executor=executor, workers=2, client_state_memory=0, out=out, resume=begun,
+        **{**usual, **more},
+    )  # fmt: skip
 
 
 # --- methods that misbehave ------------------------------------------------------------------------------------

@@ -40,7 +40,12 @@ def card(name: str) -> dict[str, Any]:
 
 def _option(cls: type[Method], key: str) -> dict[str, Any]:
     field = cls.options()[key]
-    return {"default": field.default, "help": field.metadata.get("help", "")}
+    search = field.metadata.get("search")
+    return {
+        "default": field.default,
+        "help": field.metadata.get("help", ""),
+        "search": None if search is None else str(search),
+    }
 
 
 def show_cards(console: Console) -> None:

@@ -18,9 +18,9 @@ from consilience.core.errors import CheckpointError, ConfigError, DataError
 from consilience.core.federation import Federation
 from consilience.core.model import Architecture, Weights
 from consilience.core.predict import Net, Predictor
-from consilience.core.run import Snapshot
+from consilience.core.snapshot import Snapshot
 from consilience.core.worker import Worker
-from consilience.folder import digest_text, read_lines
+from consilience.folder import digest_text, read_lines, read_snapshot
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def read_run(folder: Path) -> Finished:
     """A run with its newest whole checkpoint. Raises ConfigError or CheckpointError."""
     spec, _ = experiment.read_spec(folder)
     worker = experiment.check(spec, experiment.make_federation(spec.config))
-    snapshot, _ = checkpoint.load(folder / "checkpoint")
+    snapshot, _ = read_snapshot(folder)
     return Finished(folder, spec, worker, snapshot)
 
 
@@ -74,7 +74,7 @@ def digest(folder: Path) -> str:
 
     spec, _ = experiment.read_spec(folder)
     methods.get(spec.method)  # registers the records of its state
-    snapshot, notes = checkpoint.load(folder / "checkpoint")
+    snapshot, notes = read_snapshot(folder)
     if snapshot.version < spec.config.rounds:
         raise CheckpointError(f"{folder}: only {snapshot.version} of {spec.config.rounds} rounds are done; resume it")
     text = (folder / "history.jsonl").read_bytes()[: notes["history_bytes"]]

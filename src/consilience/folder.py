@@ -10,18 +10,21 @@ import platform
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 import yaml
+from torch import Tensor
 
 from consilience.core import checkpoint
 from consilience.core import tree as tr
 from consilience.core.errors import CheckpointError
 from consilience.core.federation import Federation
 from consilience.core.messages import Refusal
-from consilience.core.run import Snapshot
+from consilience.core.snapshot import Snapshot
+from consilience.core.states import States
+from consilience.core.tree import Tree
 
 DRAWN = 2000
 """Most clients whose class counts are written for the picture of the partition."""
@@ -50,6 +53,7 @@ def describe(federation: Federation) -> dict[str, Any]:
         "unseen": sorted(federation.unseen),
         "groups": None if federation.groups is None else list(federation.groups),
         "names": list(federation.names),
+        "sensitive": dict(federation.about.get("sensitive", {})),
     }
     if n <= DRAWN:
         about["sizes"] = [federation.size(client) for client in range(n)]
@@ -60,17 +64,21 @@ def describe(federation: Federation) -> dict[str, Any]:
 
 
 class RunFolder:
-    """Writes a run's files, and knows how far they went at each checkpoint (a core ``Recorder``)."""
+    """Writes a run's files, and knows how far they went at each checkpoint (a core ``Recorder``). states: where its
+    clients' states are to be kept, ``budget`` bytes of them in memory (None: all)."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, budget: int | None = None) -> None:
         self.path = path
+        self.states = _states(path, budget)
         self.lines: list[dict[str, Any]] = []
         self.clients: list[dict[str, Any]] = []
         self.refused_lines: list[dict[str, Any]] = []
         self.timeline: list[dict[str, Any]] = []
 
     @classmethod
-    def create(cls, path: Path, config: Mapping[str, Any], federation: Federation) -> RunFolder:
+    def create(
+        cls, path: Path, config: Mapping[str, Any], federation: Federation, budget: int | None = None
+    ) -> RunFolder:
         """A new folder; on any error nothing is left of it."""
         made = not path.exists()
         path.mkdir(parents=True, exist_ok=True)
@@ -84,19 +92,23 @@ class RunFolder:
             if made:
                 shutil.rmtree(path, ignore_errors=True)
             raise
-        return cls(path)
+        return cls(path, budget)
 
     @classmethod
-    def resume(cls, path: Path) -> tuple[RunFolder, Snapshot | None, float]:
+    def resume(cls, path: Path, budget: int | None = None) -> tuple[RunFolder, Snapshot | None, float]:
         """The folder cut back to its newest whole checkpoint, that checkpoint (None: from the start), and the
         wall seconds spent until then."""
-        folder = cls(path)
+        folder = cls(path, budget)
+        snapshot: Snapshot | None = None
         try:
-            snapshot, notes = checkpoint.load(path / "checkpoint")
+            snapshot, notes = read_snapshot(path, budget)
         except CheckpointError:
             if any((path / "checkpoint").glob("*.json")):
                 raise
-            snapshot, notes = None, {"history_bytes": 0, "clients_bytes": 0, "wall_s": 0.0}
+            notes = {"history_bytes": 0, "clients_bytes": 0, "wall_s": 0.0}
+        else:
+            folder.states = cast(States, snapshot.states)
+        folder.states.tidy()
         folder.lines = _cut(path / "history.jsonl", notes["history_bytes"])
         folder.refused_lines = _cut(path / "refused.jsonl", notes.get("refused_bytes", 0))
         folder.clients = _cut(path / "clients.jsonl", notes["clients_bytes"])
@@ -121,15 +133,17 @@ class RunFolder:
         _append(self.path / "timeline.jsonl", records)
 
     def checkpoint(self, snapshot: Snapshot) -> None:
-        """Save a generation."""
+        """Save a generation: of the clients' states, those that have changed."""
         notes = {
+            "states": self.states.save(),
             "history_bytes": _length(self.path / "history.jsonl"),
             "refused_bytes": _length(self.path / "refused.jsonl"),
             "clients_bytes": _length(self.path / "clients.jsonl"),
             "timeline_bytes": _length(self.path / "timeline.jsonl"),
             "wall_s": self.lines[-1]["wall_s"] if self.lines else 0.0,
         }
-        checkpoint.save(self.path / "checkpoint", snapshot.version, snapshot, notes)
+        checkpoint.save(self.path / "checkpoint", snapshot.version, _packed(snapshot), notes)
+        self.states.saved()
 
     def finish(self, snapshot: Snapshot, fleet: Mapping[str, Any]) -> None:
         """Write the fleet as it was, and the digest: the mark of a run that is done."""
@@ -138,14 +152,46 @@ class RunFolder:
         checkpoint.write_atomically(self.path / "digest.txt", digest_text(snapshot, self.lines))
 
 
+def _states(path: Path, budget: int | None) -> States:
+    return States(lambda: path / "checkpoint" / "states", budget)
+
+
+def _packed(snapshot: Snapshot) -> Tree:
+    """A snapshot as it is written: states have files of their own, and counts of many clients are columns."""
+    return snapshot._replace(states={}, numbers=_columns(snapshot.numbers), admitted=_columns(snapshot.admitted))  # type: ignore[arg-type]
+
+
+def _columns(counts: Mapping[int, int]) -> Tensor:
+    return torch.tensor([list(counts), list(counts.values())], dtype=torch.int64)
+
+
+def _counts(columns: Tensor) -> dict[int, int]:
+    return dict(zip(*columns.tolist(), strict=True))
+
+
+def read_snapshot(path: Path, budget: int | None = None) -> tuple[Snapshot, dict[str, Any]]:
+    """A run's newest whole checkpoint, with its notes. Raises CheckpointError. The clients' states stay on file."""
+    folder = path / "checkpoint"
+
+    def whole(tree: Any, note: dict[str, Any]) -> Snapshot:
+        if "states" not in note:
+            raise CheckpointError("it was written by an older version")
+        states, version = _states(path, budget), note["round"]
+        older = (n["states"] for _, n in checkpoint.notes(folder) if n is not None and n["round"] < version)
+        states.load(note["states"], next(older, None))
+        return tree._replace(states=states, numbers=_counts(tree.numbers), admitted=_counts(tree.admitted))  # type: ignore[no-any-return]
+
+    return checkpoint.load(folder, whole)
+
+
 def digest_text(snapshot: Snapshot, lines: Sequence[Mapping[str, Any]]) -> str:
     """Three lines: SHA-256 of the server's state, of all client states, and of the history without wall times."""
     history = hashlib.sha256()
     for line in lines:
         kept = {key: value for key, value in line.items() if key != "wall_s"}
         history.update(_json(kept, sort_keys=True).encode() + b"\n")
-    clients = {str(client): state for client, state in snapshot.states.items()}
-    return f"server {tr.digest(snapshot.server)}\nclients {tr.digest(clients)}\nhistory {history.hexdigest()}\n"
+    server, clients = tr.digest(snapshot.server), tr.digest_of(snapshot.states)
+    return f"server {server}\nclients {clients}\nhistory {history.hexdigest()}\n"
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from consilience.core import tree as tr
 from consilience.core.encode import encoded_size
 from consilience.core.events import cohort_size
 from consilience.core.messages import ClientInfo, Job
+from consilience.core.units import parse_bytes
 from consilience.core.worker import Call, Worker, test_ranges
 from consilience.execute.processes import cores
 from consilience.simulate import single_thread
@@ -47,7 +48,7 @@ def plan(settings: Settings, names: Sequence[str]) -> list[dict[str, Any]]:
 def _row(spec: experiment.RunSpec, worker: Worker) -> dict[str, Any]:
     config, federation = spec.config, worker.federation
     workers = config.workers or (1 if config.executor == "serial" else cores())
-    cohort = cohort_size(config.participation, len(federation.seen))
+    cohort = cohort_size(config.participation, federation.n_seen)
     server = worker.method.init_server(worker.host(0, "init"))
     sizes = sorted((federation.size(int(c)), int(c)) for c in federation.seen[:10_000])
     client = sizes[len(sizes) // 2][1]
@@ -62,7 +63,8 @@ def _row(spec: experiment.RunSpec, worker: Worker) -> dict[str, Any]:
     high *= (BESIDE if workers > 1 else 1.0) * _load(workers)
     down = 0 if message is None else encoded_size(message)
     up = 0 if work.update is None else encoded_size(work.update)
-    held = tr.nbytes(server) * (2 + workers) + cohort * up + len(federation.seen) * tr.nbytes(state)
+    states = min(federation.n_seen, config.rounds * cohort) * tr.nbytes(state)
+    held = tr.nbytes(server) * (2 + workers) + cohort * up + min(states, parse_bytes(config.client_state_memory))
     return {
         "method": spec.label,
         "rounds": config.rounds,

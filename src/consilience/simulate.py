@@ -20,14 +20,18 @@ from consilience.core.messages import Device, Refusal
 from consilience.core.method import Method
 from consilience.core.model import Architecture, Factory, SplitModel, Weights, check_factory
 from consilience.core.predict import Predictor
-from consilience.core.run import Setup, Snapshot
 from consilience.core.run import run as run_loop
+from consilience.core.setup import Setup
 from consilience.core.site import Place
+from consilience.core.snapshot import Snapshot
+from consilience.core.states import States
 from consilience.core.streams import philox
+from consilience.core.units import parse_bytes
 from consilience.core.worker import Worker, pooled
 from consilience.execute.memory import keep_freed_memory
 from consilience.execute.processes import Processes, cores
 from consilience.execute.serial import Serial
+from consilience.execute.shared import Temporary
 from consilience.execute.stacked import Stacked
 from consilience.fleet.clock import Fleet, make_fleet
 from consilience.fleet.summary import describe
@@ -124,6 +128,7 @@ def run(
     checkpoint_every: int = 10,
     executor: str = "auto",
     workers: int | None = None,
+    client_state_memory: int | str | None = "1GB",
     init: Weights | None = None,
     clock: Clock | None = None,
     seed: int = 0,
@@ -136,10 +141,11 @@ def run(
 
     model: the server's, by name, factory or Architecture; models: of the clients ("lenet*0.5,mlp*0.5", or one per
     client), if not all have the server's. participation: a fraction (float, at most 1) or a count (int) of the
-    clients per round. fleet: of simulated devices: a name, a csv file, a function, or a Device for each client.
-    clock: how long jobs take in virtual time, instead of a fleet. out: a folder to write; resume:
-    go on from the folder's newest checkpoint. config: what config.yaml shall say. on_line: called with each line
-    of history. The rest as in the command line.
+    clients per round. client_state_memory: bytes of clients' states to keep in memory, as a number or as in "500MB"
+    (None: all); those used least lately go to files, in ``out`` or among temporary files. fleet: of simulated
+    devices: a name, a csv file, a function, or a Device for each client. clock: how long jobs take in virtual time,
+    instead of a fleet. out: a folder to write; resume: go on from the folder's newest checkpoint. config: what
+    config.yaml shall say. on_line: called with each line of history. The rest as in the command line.
 
     Raises ConfigError, DataError or NeedsError before any work, ClientError if a client's own code fails.
     """
@@ -167,23 +173,26 @@ def run(
     devices = fleet if clock is None else type(clock).__qualname__
     combines = rule if schedule is None or isinstance(schedule, str) else type(rule).__qualname__
     identity = repr((*named, devices, availability, drops, fleet_correlation, combines))
-    recorder, snapshot, spent = _recorder(path, resume, {**(config or {}), "identity": identity}, federation)
-    keeper = _Keeper(recorder, on_line)
+    budget = None if client_state_memory is None else parse_bytes(client_state_memory)
+    recorder, snapshot, spent = _recorder(path, resume, {**(config or {}), "identity": identity}, federation, budget)
+    states = recorder.states if recorder is not None else States(Temporary(), budget)
+    keeper = _Keeper(recorder, states, on_line)
     setup = Setup(
         rounds=rounds,
-        cohort=cohort_size(participation, len(federation.seen)),
+        cohort=cohort_size(participation, federation.n_seen),
         schedule=rule,
         clock=found,
         measures=Standard(),
         recorder=keeper,
         stages=() if worker.check is None else (worker.check,),
         evaluation=Evaluation(eval_every, eval_clients_every, eval_clients, worker.place.chunk),
-        checkpoint_every=checkpoint_every if recorder is not None else 0,
+        checkpoint_every=checkpoint_every,
         elapsed=spent,
     )
     keep_freed_memory()
     with single_thread():
         place = make_executor(executor, worker, workers)
+        place.keep(states)
         try:
             last = run_loop(place, setup, snapshot)
         finally:
@@ -232,8 +241,8 @@ def prepare(
         initial=init,
         chunk=chunk,
         public=federation.public,
-        n_clients=len(federation.seen),
-        rows=sum(federation.size(int(client)) for client in federation.seen),
+        n_clients=federation.n_seen,
+        rows=sum(federation.size(int(client)) for client in federation.seen) if method.counts_rows else 0,
         topology=weights_of,
         pooled=pooled(federation) if method.needs.pooled_data else None,
     )
@@ -395,8 +404,10 @@ def single_thread() -> Iterator[None]:
 class _Keeper:
     """Keeps lines in memory, and passes them to a folder and a listener if there are any."""
 
-    def __init__(self, folder: RunFolder | None, on_line: Callable[[dict[str, Any]], None] | None) -> None:
-        self._folder, self._on_line = folder, on_line
+    def __init__(
+        self, folder: RunFolder | None, states: States, on_line: Callable[[dict[str, Any]], None] | None
+    ) -> None:
+        self._folder, self._states, self._on_line = folder, states, on_line
         self.lines = folder.lines if folder is not None else []
         self.clients = folder.clients if folder is not None else []
         self.timeline = folder.timeline if folder is not None else []
@@ -432,10 +443,12 @@ class _Keeper:
         """A good moment to save."""
         if self._folder is not None:
             self._folder.checkpoint(snapshot)
+        else:
+            self._states.shrink()
 
 
 def _recorder(
-    path: Path | None, resume: bool, config: Mapping[str, Any], federation: Federation
+    path: Path | None, resume: bool, config: Mapping[str, Any], federation: Federation, budget: int | None
 ) -> tuple[RunFolder | None, Snapshot | None, float]:
     """Where to write, what to go on from, and the wall seconds already spent."""
     if path is None:
@@ -446,7 +459,7 @@ def _recorder(
             raise ConfigError(f"{path} is a file; --out wants a folder")
         if any((path / name).exists() for name in ("config.yaml", "compare.yaml")):
             raise ConfigError(f"{path} already holds a run; give another --out, or resume it")
-        return RunFolder.create(path, {**config, **stamp}, federation), None, 0.0
+        return RunFolder.create(path, {**config, **stamp}, federation, budget), None, 0.0
     import yaml
 
     try:
@@ -457,4 +470,4 @@ def _recorder(
         raise CheckpointError(f"{path}: this run began on other data or another partition; resume it on the same")
     if written.get("identity") != config["identity"]:
         raise CheckpointError(f"{path}: this run began with another method, model, seed or options; give the same")
-    return RunFolder.resume(path)
+    return RunFolder.resume(path, budget)

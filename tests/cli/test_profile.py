@@ -29,6 +29,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return where
 
 
+def test_the_fleet_is_part_of_it(tmp_path: Path) -> None:
+    fleet = ["--fleet", "phones", "--availability", "bernoulli:0.25", "--clients", "4", "--out", "one"]
+    done = consilience("profile", *fleet, "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = {row["name"]: row for row in json.loads(done.stdout)["fleet"]}
+    assert rows["online"]["least"] == rows["online"]["most"] == 0.25
+    assert 0 < rows["upload"]["least"] <= rows["upload"]["median"] <= rows["upload"]["most"]
+    page = (tmp_path / "one" / "report.html").read_text()
+    assert 'id="devices"' in page
+
+
 def test_what_is_printed(place: Path) -> None:
     printed = (place / "printed").read_text()
     assert printed.startswith("Concept shift sets these 6 clients apart most")

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from consilience.core import tree as tr
-from consilience.core.checkpoint import load, save, write_atomically
+from consilience.core.checkpoint import load as load_with
+from consilience.core.checkpoint import save, write_atomically
 from consilience.core.errors import CheckpointError
 
 
@@ -27,6 +28,10 @@ def saved(folder: Path, *versions: int) -> Path:
     for version in versions:
         save(folder, version, state(version), notes(version))
     return folder
+
+
+def load(folder: Path) -> tuple[Any, dict[str, Any]]:
+    return load_with(folder, lambda tree, note: tree)
 
 
 def loaded(folder: Path) -> int:

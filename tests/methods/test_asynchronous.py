@@ -19,7 +19,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import consilience
-from consilience.core import checkpoint
 from consilience.core import tree as tr
 from consilience.core.errors import CheckpointError, ConfigError, ConsilienceError
 from consilience.core.events import Instant
@@ -30,6 +29,7 @@ from consilience.core.model import Weights
 from consilience.execute.serial import Serial
 from consilience.fleet.availability import Always
 from consilience.fleet.clock import Fleet
+from consilience.folder import read_snapshot
 from consilience.methods import DPSGD, FedASMU, FedAsync, FedAU, FedAvg, FedBuff, FedCompass, FedFix
 from consilience.methods.fedasmu import Down, Merge, Own
 from consilience.methods.fedau import Seen, Server
@@ -513,7 +513,7 @@ def test_killed_with_jobs_in_flight(tmp_path: Path) -> None:
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     assert call(*command, "--out", str(straight)) == 0
     assert call(*command, "--out", str(killed), CONSILIENCE_FAILPOINT="aggregate:7") == -9
-    snapshot, _ = checkpoint.load(killed / "checkpoint")
+    snapshot, _ = read_snapshot(killed)
     assert snapshot.flights or snapshot.arrived
     assert call(sys.executable, "-m", "consilience.cli", "resume", str(killed)) == 0
     for name in ("digest.txt", "timeline.jsonl"):

@@ -276,6 +276,17 @@ def test_without_client_evaluations_the_section_says_what_to_add(make_run: Make)
     assert "No client was evaluated. Lower --eval-clients-every" in page
 
 
+def test_a_federation_too_large_to_draw_is_not_drawn(make_run: Make) -> None:
+    folder = make_run("fedavg")
+    about = json.loads((folder / "federation.json").read_text())
+    few = {key: value for key, value in about.items() if key not in ("sizes", "counts")}
+    (folder / "federation.json").write_text(json.dumps(few))
+    page = report(folder)
+    assert 'id="clients"' in page
+    assert 'id="federation"' not in page
+    assert blob(page)["federation"] == []
+
+
 def test_an_old_report_survives_a_failure(make_run: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_run("fedavg")
     target = write_report(folder)

@@ -16,8 +16,8 @@ from consilience.core import tree as tr
 from consilience.core.errors import ConfigError, ConsilienceError
 from consilience.core.events import Instant, Schedule
 from consilience.core.messages import Device, Job, Trip
-from consilience.core.run import Setup
 from consilience.core.run import run as run_loop
+from consilience.core.setup import Setup
 from consilience.execute.serial import Serial
 from consilience.fleet.availability import Trace
 from consilience.fleet.clock import Fleet
@@ -326,3 +326,18 @@ def test_cancelled_work_is_counted_as_far_as_it_went() -> None:
     run_loop(Serial(at), Setup(1, 2, Deadline(9.0), clock, Standard(), memory, checkpoint_every=0))
     assert (memory.lines[-1]["samples"], memory.lines[-1]["steps"]) == (4 + 2, 4 + 2)
     assert memory.lines[-1]["bytes_up"] * 2 < memory.lines[-1]["bytes_down"] * 1.2
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: type(s).__name__)
+def test_only_what_is_combined_is_remembered(schedule: Schedule) -> None:
+    """A client's state counts its combined jobs; of lost, cancelled and refused ones nothing is left."""
+    at = Serial(
+        helpers.worker(helpers.Remembers(form="delta", local_steps=4, batch_size=1), helpers.federation((8,) * N))
+    )
+    memory = Memory()
+    clock = fleet({c: [(0.0, 1e6)] for c in range(N)}, drops=0.3)
+    last = run_loop(at, Setup(15, 4, schedule, clock, Standard(), memory, checkpoint_every=0))
+    counts = Counter(lap["client"] for lap in memory.timeline if lap["state"] == "combined")
+    assert {client: state["count"] for client, state in last.states.items()} == counts
+    assert not last.pending
+    assert not at.pending()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -114,7 +115,8 @@ def _form(tree: Tree) -> Any:
 
 
 class Encoder:
-    """A tree made ready for writing: ``size`` bytes, written by :meth:`into` without further copies."""
+    """A tree made ready for writing: ``size`` bytes, written by :meth:`into` or given by :meth:`pieces` without
+    further copies."""
 
     def __init__(self, tree: Tree) -> None:
         self._head, self._placed, data = _plan(tree)
@@ -128,6 +130,13 @@ class Encoder:
             if tensor.numel():
                 target = torch.frombuffer(buffer, dtype=tensor.dtype, count=tensor.numel(), offset=base + start)
                 target.view(tensor.shape).copy_(tensor.detach())
+
+    def pieces(self) -> Iterator[Any]:
+        """The bytes piece by piece: the head, then each tensor's own memory."""
+        yield self._head
+        for tensor, _ in self._placed:
+            if tensor.numel():
+                yield tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def encode(tree: Tree) -> bytearray:

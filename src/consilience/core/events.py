@@ -7,7 +7,7 @@ tree that the loop keeps and writes into checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -134,14 +134,20 @@ class Instant:
         return None
 
 
-def draw_cohort(rng: np.random.Generator, clients: np.ndarray, size: int) -> list[int]:
-    """``size`` different clients, uniformly, in ascending order; all of them if there are no more.
+def draw_cohort(
+    rng: np.random.Generator, clients: np.ndarray, size: int, busy: Collection[int] = frozenset()
+) -> list[int]:
+    """``size`` different ones of ``clients`` (ascending) that are not ``busy``, uniformly, in ascending order; all of
+    them if there are no more.
 
-    Costs O(size), not O(clients), when few of many are drawn.
+    Costs O(size + busy), not O(clients), when few of many are drawn.
     """
-    if size >= len(clients):
-        return [int(c) for c in clients]
-    return sorted(int(c) for c in clients[rng.choice(len(clients), size, replace=False, shuffle=False)])
+    taken = np.searchsorted(clients, sorted(busy))  # where the busy ones stand
+    idle = len(clients) - len(taken)
+    ranks = np.arange(idle) if size >= idle else rng.choice(idle, size, replace=False, shuffle=False)
+    # the r-th idle client stands behind as many busy ones as have at most r idle ones before them
+    places = ranks + np.searchsorted(taken - np.arange(len(taken)), ranks, side="right")
+    return sorted(clients[places].tolist())
 
 
 def cohort_size(participation: float | int, clients: int) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from consilience.core.messages import Job, Work
 from consilience.core.reduce import BLOCK, sum_blocks
+from consilience.core.states import States, Stored
 from consilience.core.tree import Tree
 from consilience.core.worker import Block, Call, Worker
 
@@ -15,12 +16,13 @@ from consilience.core.worker import Block, Call, Worker
 class Executor(ABC):
     """Runs calls on a worker, here or elsewhere, and keeps client state.
 
-    New client state is pending until its job is admitted: :meth:`settle` commits or rolls back.
+    New client state is pending until its job is admitted: :meth:`settle` commits or rolls back. A committed state may
+    be on file: a call that needs it has a ``Stored`` among its arguments, until :func:`ready` reads it.
     """
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
-        self._states: dict[int, Tree] = {}
+        self._states = States()
         self._pending: dict[int, Tree] = {}
         """New state by job id."""
         self._cohorts: dict[int, _Cohort] = {}
@@ -29,9 +31,13 @@ class Executor(ABC):
     pays_from = 0
     """How many jobs at once are worth giving out in blocks, so that updates stay where they were made; 0: never."""
 
+    def keep(self, states: States) -> None:
+        """Keep client states there from now on; before anything runs."""
+        self._states = states
+
     @abstractmethod
     def begin(self, call: Call) -> int:
-        """Queue a call; returns its ticket."""
+        """Queue a call; returns its ticket. It is made :func:`ready` as late as possible."""
 
     @abstractmethod
     def finish(self, tickets: Sequence[int]) -> list[Tree]:
@@ -46,7 +52,7 @@ class Executor(ABC):
 
     def submit(self, job: Job, message: Tree, *, resumes: bool = False) -> int:
         """Queue a client's work. resumes: it goes on with the pending state of an earlier phase of this job."""
-        state = self._pending[job.id] if resumes else self._states.get(job.client)
+        state = self._pending[job.id] if resumes else self._states.pin(job.client)
         cost = 3.0 * self.worker.federation.size(job.client)  # a backward pass costs about two forward passes
         return self.begin(Call("train", (job, state), message, cost))
 
@@ -94,35 +100,36 @@ class Executor(ABC):
 
     def exchange(self, jobs: Sequence[Job]) -> dict[int, Tree]:
         """What the nodes of these jobs send to their neighbours, by client id."""
-        tickets = [self.begin(Call("send", (job, self._states.get(job.client)))) for job in jobs]
+        tickets = [self.begin(Call("send", (job, self._states.pin(job.client)))) for job in jobs]
         return {job.client: sent for job, sent in zip(jobs, self.finish(tickets), strict=True)}
 
     def mix(self, jobs: Sequence[Job], inboxes: Sequence[Tree]) -> None:
         """Let nodes combine what they have got; their new states are pending from now on."""
         calls = [
-            Call("mix", (job, inbox, self._states.get(job.client))) for job, inbox in zip(jobs, inboxes, strict=True)
+            Call("mix", (job, inbox, self._states.pin(job.client))) for job, inbox in zip(jobs, inboxes, strict=True)
         ]
         for job, state in zip(jobs, self.finish([self.begin(call) for call in calls]), strict=True):
             self._pending[job.id] = state
 
     def judge(self, job: Job, message: Tree, *, train: bool) -> int:
         """Queue the evaluation of a client's deployed model; returns its ticket."""
-        return self.begin(Call("judge", (job, self._states.get(job.client), train), message))
+        return self.begin(Call("judge", (job, self._states.pin(job.client), train), message))
 
     def settle(self, admitted: Sequence[Job], refused: Sequence[Job] = ()) -> None:
         """Commit the pending state of admitted jobs, forget that of refused ones."""
         for job in admitted:
             state = self._pending.pop(job.id, None)
             if state is not None:
-                self._states[job.client] = state
+                self._states.put(job.client, state)
         for job in refused:
             self._pending.pop(job.id, None)
         for job in (*admitted, *refused):
             self._cohorts.pop(job.id, None)
 
     def states(self) -> Mapping[int, Tree]:
-        """Committed client states by client id; clients that have none are absent."""
-        return {client: self._states[client] for client in sorted(self._states)}
+        """Committed client states by client id; clients that have none are absent. Once some are on file, this is
+        where they are kept, and goes on changing."""
+        return self._states.whole()
 
     def pending(self) -> Mapping[int, Tree]:
         """Pending client states by job id."""
@@ -130,7 +137,10 @@ class Executor(ABC):
 
     def restore(self, states: Mapping[int, Tree], pending: Mapping[int, Tree]) -> None:
         """Go on from what a checkpoint held."""
-        self._states, self._pending = dict(states), dict(pending)
+        self._pending = dict(pending)
+        if states is not self._states:
+            for client, state in states.items():
+                self._states.put(client, state)
 
 
 @dataclass
@@ -151,3 +161,17 @@ class _Cohort:
             self.blocks[ticket] = executor.finish([ticket])[0]
         done = self.blocks[ticket].done[self._place[job.id]]
         return done[0], done[1]
+
+
+def ready(call: Call) -> Call:
+    """The call with the states that are on file read into its arguments. Raises CheckpointError."""
+    return call._replace(args=tuple(_read(arg) for arg in call.args))
+
+
+def _read(arg: Tree) -> Tree:
+    """A state, or the states of several clients, in memory."""
+    if isinstance(arg, Stored):
+        return arg.tree()
+    if type(arg) is tuple and any(isinstance(state, Stored) for state in arg):
+        return tuple(_read(state) for state in arg)
+    return arg

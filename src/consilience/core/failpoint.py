@@ -15,7 +15,9 @@ NAMES = (
     "work",
     "aggregate",
     "evaluate",
+    "state",
     "checkpoint-before",
+    "states-sealed",
     "checkpoint-middle",
     "checkpoint-after",
 )

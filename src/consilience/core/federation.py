@@ -112,7 +112,14 @@ class Federation(ABC):
     @property
     def seen(self) -> np.ndarray:
         """Ids of the clients that may train, in order."""
-        return np.setdiff1d(np.arange(self.n_clients), np.fromiter(self.unseen, dtype=np.int64, count=len(self.unseen)))
+        train = np.ones(self.n_clients, dtype=bool)
+        train[np.fromiter(self.unseen, dtype=np.int64, count=len(self.unseen))] = False
+        return np.flatnonzero(train)
+
+    @property
+    def n_seen(self) -> int:
+        """How many clients may train."""
+        return self.n_clients - len(self.unseen)
 
     def label(self, client: int) -> str:
         """A client's display name."""

@@ -6,6 +6,8 @@ import enum
 from collections.abc import Sequence
 from typing import Annotated, Any, NamedTuple, Protocol, get_args, get_type_hints
 
+from torch import Tensor
+
 from consilience.core.model import Params, Weights
 from consilience.core.tree import Tree, record
 
@@ -163,11 +165,15 @@ class ClientInfo(NamedTuple):
 
 @record
 class Score(NamedTuple):
-    """How a predictor does on one split of one client: rows, mean loss, share right (None for regression)."""
+    """How a predictor does on one split of one client: rows, mean loss, share right (None for regression).
+
+    groups: for each sensitive attribute, int64 counts ``(group, label, prediction)``; None without attributes.
+    """
 
     n: int
     loss: float
     accuracy: float | None
+    groups: tuple[Tensor, ...] | None = None
 
 
 @record

@@ -97,6 +97,8 @@ class Method(Training):
     schedule: ClassVar[str] = "rounds"
     trains_on_server: ClassVar[bool] = False
     """Whether ``aggregate`` trains, so that it should run where client work runs."""
+    counts_rows: ClassVar[bool] = False
+    """Whether ``host.rows`` is wanted: all clients' training rows together, which takes asking each of them."""
     unstacked: ClassVar[str] = ""
     """Why clients that run in step cannot have their gradients computed together, if they cannot."""
 

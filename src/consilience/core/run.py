@@ -5,78 +5,25 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
-from torch import Tensor
 
-from consilience.core import tree as tr
-from consilience.core.encode import encoded_size
 from consilience.core.errors import ConfigError, ConsilienceError
-from consilience.core.evaluate import Evaluation, Judge, Line, Measures
-from consilience.core.events import Clock, Decision, Event, Instant, Schedule, Start, View, draw_cohort
+from consilience.core.evaluate import Judge, Line
+from consilience.core.events import Decision, Event, Instant, Start, View, draw_cohort
 from consilience.core.executor import Executor
 from consilience.core.failpoint import reach
-from consilience.core.messages import ClientInfo, Inbox, Job, Refusal, Reply, Score, Stage, Summed, Trip
-from consilience.core.method import Coin, Phase, sums_suffice
+from consilience.core.messages import Inbox, Job, Reply, Score, Summed
+from consilience.core.method import sums_suffice
+from consilience.core.outbox import Outbox, size_of
+from consilience.core.program import Program
+from consilience.core.setup import Setup
 from consilience.core.site import Host
+from consilience.core.snapshot import Flight, Snapshot, Totals
 from consilience.core.streams import philox
-from consilience.core.tree import Tree, record
 from consilience.core.worker import Call
-
-
-@record
-class Totals(NamedTuple):
-    """What has been spent: bytes as encoded, samples and steps as computed (evaluation does not count)."""
-
-    bytes_up: int = 0
-    bytes_down: int = 0
-    samples: int = 0
-    steps: int = 0
-
-
-@record
-class Flight(NamedTuple):
-    """A job on its way. phases: of its chain, those still to come after this one. at: virtual time at which this
-    phase was dispatched. arrives: of its arrival, or of its loss. reply: what it will bring. cost: what this phase
-    spends if it comes to its end. leg: this phase's way."""
-
-    job: Job
-    phases: tuple[int, ...]
-    at: float
-    arrives: float
-    order: int
-    reply: Reply
-    cost: Totals
-    leg: Trip
-
-
-@record
-class Snapshot(NamedTuple):
-    """Everything that a run needs to go on, bit for bit. Nothing is in computation when it is taken."""
-
-    version: int
-    time: float
-    next_job: int
-    order: int
-    started: int
-    ready: bool
-    begun: bool
-    chain: int
-    server: Tree
-    schedule: Tree
-    numbers: dict[int, int]
-    admitted: dict[int, int]
-    totals: Totals
-    arrived: tuple[Reply, ...]
-    flights: tuple[Flight, ...]
-    timers: tuple[float, ...]
-    rings: int
-    news: tuple[Event, ...]
-    watch: bool
-    states: dict[int, Tree]
-    pending: dict[int, Tree]
 
 
 class _Open(NamedTuple):
@@ -91,47 +38,6 @@ class _Open(NamedTuple):
     ticket: int
     order: int
     bound: float
-
-
-class Recorder(Protocol):
-    """Where lines and checkpoints go."""
-
-    def line(self, record: dict[str, Any], clients: Sequence[dict[str, Any]]) -> None:
-        """A round was evaluated."""
-        ...
-
-    def refused(self, version: int, refusals: Sequence[Refusal]) -> None:
-        """Updates were dropped."""
-        ...
-
-    def jobs(self, records: Sequence[dict[str, Any]]) -> None:
-        """Jobs ended: the timeline, where there is virtual time."""
-        ...
-
-    def checkpoint(self, snapshot: Snapshot) -> None:
-        """A good moment to save."""
-        ...
-
-
-@dataclass
-class Setup:
-    """What :func:`run` is given beside method, federation and executor.
-
-    rounds: server updates to make. cohort: clients a round asks for. checkpoint_every: rounds, 0 for never
-    (but the end is always offered to the recorder).
-    elapsed: wall seconds spent before, for a run that is resumed.
-    """
-
-    rounds: int
-    cohort: int
-    schedule: Schedule
-    clock: Clock
-    measures: Measures
-    recorder: Recorder
-    stages: Sequence[Stage] = ()
-    evaluation: Evaluation = field(default_factory=Evaluation)
-    checkpoint_every: int = 10
-    elapsed: float = 0.0
 
 
 def run(executor: Executor, setup: Setup, resume: Snapshot | None = None) -> Snapshot:
@@ -149,12 +55,11 @@ class Loop:
         self.place, self.program = worker.place, worker.program
         self.judge = Judge(setup.evaluation, setup.measures, self.federation, executor, setup.rounds, self.place.seed)
         self.clients = self.federation.seen
-        self.chains = _chains(self.program)
+        self.when = Program(self.program, self.place.seed)
+        self.outbox = Outbox(self.place, self.federation, setup.clock)
         self.lines: list[Line] = []
         self.due = False
         self.began = time.perf_counter() - setup.elapsed
-        self._messages: dict[Any, Tree] = {}
-        self._sizes: dict[int, tuple[Tree, int]] = {}
         self._open: list[_Open] = []
         self._laps: list[dict[str, Any]] = []
         self._timed = type(setup.clock) is not Instant
@@ -227,7 +132,7 @@ class Loop:
         for flight in sorted((f for f in self.flights.values() if f.arrives <= self.time), key=lambda f: f.order):
             job = flight.job
             del self.flights[job.id]
-            self._spend(**_part(flight.cost, flight.leg)._asdict())
+            self._spend(**flight.cost.until(flight.leg)._asdict())
             if flight.leg.lost is not None:
                 self.executor.settle((), [job])
                 self._lap(flight.reply, "lost")
@@ -263,7 +168,7 @@ class Loop:
             return
         if decision.start:
             self.chain = 0
-            self._start(self._round_chains()[0], decision.start)
+            self._start(self.when.of_round(self.version)[0], decision.start)
         self.timers.extend(decision.timers)
 
     def _cancel(self, jobs: Sequence[int]) -> None:
@@ -273,7 +178,7 @@ class Loop:
         for job in jobs:
             flight = self.flights.pop(job)
             leg = flight.leg._replace(lost=self.time - flight.at)
-            self._spend(**_part(flight.cost, leg)._asdict())
+            self._spend(**flight.cost.until(leg)._asdict())
             self.executor.settle((), [flight.job])
             self._lap(flight.reply, "cancelled", self.time)
 
@@ -312,7 +217,7 @@ class Loop:
         phase, none = self.program[chain[0]], [None] * len(jobs)
         if not jobs or len(chain) > 1 or not self._sum_there:
             return none
-        messages = [self._message(phase, job.client, job.slot)[0] for job in jobs]
+        messages = [self.outbox.message(self.server, phase, job.client, job.slot)[0] for job in jobs]
         weights = self.method.sums([self._asking(job) for job in jobs])
         if weights is None or any(message is not messages[0] for message in messages):
             return none
@@ -324,7 +229,7 @@ class Loop:
         """Send a job out; it is computed when its arrival could be the next thing to happen. ticket: if the executor
         has got it already."""
         phase = self.program[job.phase]
-        message, down = self._message(phase, job.client, job.slot)
+        message, down = self.outbox.message(self.server, phase, job.client, job.slot)
         if ticket is None:
             ticket = self.executor.submit(job, message, resumes=resumes is not None)
         self._spend(bytes_down=down)
@@ -342,7 +247,7 @@ class Loop:
         reach("work")
         works = self.executor.collect([o.job for o in opened], [o.ticket for o in opened])
         for o, work in zip(opened, works, strict=True):
-            job, up, samples, steps, before = o.job, _bytes(work.update), work.samples, work.steps, work.before
+            job, up, samples, steps, before = o.job, size_of(work.update), work.samples, work.steps, work.before
             leg = self.setup.clock.trip(job, o.at, down=o.down, up=up, samples=samples, steps=steps)
             if o.at + leg.seconds < o.bound:
                 raise ConsilienceError(
@@ -365,7 +270,7 @@ class Loop:
             (r._replace(staleness=self.version - r.job.version, rings=self.rings - r.rings) for r in group),
             key=lambda r: (r.job.client, r.job.id),
         )
-        chains = self._round_chains()
+        chains = self.when.of_round(self.version)
         good = self._combine(chains[self.chain], replies)
         if good and self.chain + 1 < len(chains):  # with nobody left, the round ends here
             self.chain += 1
@@ -373,7 +278,7 @@ class Loop:
             self._start(chains[self.chain], starts, again=True)
             return
         self.version += 1
-        self._messages, self._sizes = {}, {}  # broadcasts of past versions are let go
+        self.outbox.forget()
         self.chain, self.started, self.ready = 0, 0, True
         if self.version == self.setup.rounds:
             self._barriers("end")
@@ -437,7 +342,7 @@ class Loop:
         if topology is None:
             raise ConfigError(f"{self.method.name} has a phase among neighbours: give a topology")
         sent = self.executor.exchange(jobs)
-        sizes = {client: _bytes(message) for client, message in sent.items()}
+        sizes = {client: size_of(message) for client, message in sent.items()}
         inboxes = []
         for job in jobs:
             weights = {n: w for n, w in sorted(topology[job.client].items()) if n in sent}
@@ -460,7 +365,7 @@ class Loop:
 
     def _barriers(self, when: str) -> None:
         """The phases before the first round or after the last: everybody takes part, everybody is waited for."""
-        for chain in (c for c in self.chains if self.program[c[0]].when == when):
+        for chain in self.when.at(when):
             if when == "end":
                 self._leave()
             jobs = self._start(chain, [Start(int(client)) for client in self.clients], again=when == "end")
@@ -505,7 +410,9 @@ class Loop:
             weight = sum(reply.samples for reply in replies if reply.loss == reply.loss)
             if weight:
                 line["train_loss"] = sum(losses) / weight
-            self.lines.append(self.judge.begin(line, self.server, self._deployed, self._asked, judged))
+            self.lines.append(
+                self.judge.begin(line, self.server, partial(self.outbox.deployed, self.server), self._asked, judged)
+            )
         every = self.setup.checkpoint_every
         self.due = every > 0 and self.version % every == 0 and self.version < self.setup.rounds
 
@@ -535,7 +442,7 @@ class Loop:
             self.server, self.schedule, dict(sorted(self.numbers.items())), dict(sorted(self.admitted.items())),
             self.totals, tuple(self.arrived.values()), tuple(self.flights.values()), tuple(self.timers),
             self.rings, tuple(self.news), self.watch,
-            dict(self.executor.states()), dict(self.executor.pending()),
+            self.executor.states(), dict(self.executor.pending()),
         )  # fmt: skip
 
     def _restore(self, s: Snapshot) -> None:
@@ -562,6 +469,10 @@ class Loop:
     def _idle(self, busy: frozenset[int]) -> np.ndarray:
         return self.clients if not busy else self.clients[~np.isin(self.clients, list(busy))]
 
+    def _online(self, clients: np.ndarray) -> np.ndarray:
+        here = self.setup.clock.online(clients, self.time, self.version)
+        return clients if here.all() else clients[here]
+
     def _view(self) -> View:
         busy = self._busy()
         running = {o.job.id: o.job for o in self._open} | {f.job.id: f.job for f in self.flights.values()}
@@ -572,28 +483,25 @@ class Loop:
         drawn: list[int] = []
 
         def draw(size: int, among: Sequence[int] | None = None) -> list[int]:
-            idle = self._idle(busy)
-            here = self.setup.clock.online(idle, self.time, self.version)
-            idle = idle if here.all() else idle[here]
-            if among is None:
-                chosen = self.method.select(self.server, view)
-                if chosen is not None:
-                    free = {int(c) for c in idle}
-                    return sorted(int(c) for c in chosen if int(c) in free)
-            else:
-                idle = idle[np.isin(idle, list(among))]
+            chosen = self.method.select(self.server, view) if among is None else None
+            if chosen is not None:
+                wanted = np.array(sorted(int(c) for c in chosen if int(c) not in busy), dtype=np.int64)
+                return [int(c) for c in self._online(wanted)]
             rng = philox(self.place.seed, "cohort", self.version, self.started, *drawn)
             drawn.append(size)  # another draw of the same decision is another stream
-            return draw_cohort(rng, idle, size)
+            if among is None and not self._timed:
+                return draw_cohort(rng, self.clients, size, busy)  # costs what is drawn, not what there is
+            idle = self._online(self._idle(busy))
+            return draw_cohort(rng, idle if among is None else idle[np.isin(idle, list(among))], size)
 
         return view._replace(draw=draw)
 
     def _expect(self, client: int, steps: int | None = None) -> float:
         """Virtual seconds that a job would take: an upload is taken to be as large as the download."""
-        phase = self._first_phase()
-        _, size = self._message(phase, client, 0)
+        phase = self.program[self.when.first]
+        _, size = self.outbox.message(self.server, phase, client, 0)
         samples = self.method.one_fit(self.federation.size(client), steps)
-        job = Job(-1, client, 0, 0, self.version, self.program.index(phase), steps)
+        job = Job(-1, client, 0, 0, self.version, self.when.first, steps)
         trip = self.setup.clock.trip(job, self.time, down=size, up=size, samples=samples, steps=0)
         return trip.download + trip.compute + trip.upload
 
@@ -609,82 +517,16 @@ class Loop:
             few, most = (middle, most) if fits else (few, middle - 1)
         return start.steps if few == usual else few
 
-    def _round_chains(self) -> list[tuple[int, ...]]:
-        """The chains of the round under way."""
-        return [c for c in self.chains if self._happens(self.program[c[0]])]
-
-    def _happens(self, phase: Phase) -> bool:
-        if isinstance(phase.when, Coin):
-            return bool(philox(self.place.seed, "coin", phase.name, self.version).random() < phase.when.p)
-        return phase.when == "round"
-
-    def _first_phase(self) -> Phase:
-        return next(self.program[c[0]] for c in self.chains if self.program[c[0]].when not in ("start", "end"))
-
-    def _message(self, phase: Phase, client: int, slot: int) -> tuple[Tree, int]:
-        """The broadcast to a client and its encoded bytes."""
-        message = self._shared(self.method.broadcast(phase, self.server, self._info(client, slot)))
-        if message is None:
-            return None, 0
-        if self._sizes.get(id(message), (None, 0))[0] is not message:
-            self._sizes = {id(message): (message, encoded_size(message))}
-        return self._sizes[id(message)]
-
-    def _deployed(self, client: int) -> Tree:
-        """What a client would deploy from."""
-        return self._shared(self.method.deploy(self.server, self._info(client, 0)))
-
-    def _info(self, client: int, slot: int) -> ClientInfo:
-        device = self.setup.clock.device(client)
-        return ClientInfo(client, self.federation.size(client), self.place.model_of(client), slot, device)
-
     def _asking(self, job: Job) -> Reply:
         """What is known of a reply when its job begins."""
         nothing = (0, 0, 0, 0.0, math.nan)
         return Reply(job, None, self.federation.size(job.client), *nothing)
 
-    def _shared(self, message: Tree) -> Tree:
-        """One object for messages made of the same tensors, so that an executor sends them once."""
-        key = (type(message), *(id(x) if isinstance(x, Tensor) else x for x in tr.leaves(message)))
-        if key not in self._messages and len(self._messages) >= 64:
-            self._messages.clear()
-        return self._messages.setdefault(key, message)
-
     def _asked(self, client: int) -> Job:
         """A job as if the client were asked now; for judging only."""
         number = self.numbers.get(client, 0) + 1
-        phase = self.program.index(self._first_phase())
+        phase = self.when.first
         return Job(-1, client, number, self.admitted.get(client, 0), self.version, phase)
 
-    def _spend(self, *, bytes_up: int = 0, bytes_down: int = 0, samples: int = 0, steps: int = 0) -> None:
-        t = self.totals
-        self.totals = Totals(t.bytes_up + bytes_up, t.bytes_down + bytes_down, t.samples + samples, t.steps + steps)
-
-
-def _part(cost: Totals, leg: Trip) -> Totals:
-    """What is spent on a way that may end too soon: whole steps and samples that were computed, bytes sent."""
-    up, done = leg.uploaded, leg.computed
-    return Totals(int(cost.bytes_up * up), 0, int(cost.samples * done), int(cost.steps * done))
-
-
-def _bytes(message: Tree) -> int:
-    """Encoded bytes; a message that is not sent costs nothing."""
-    if isinstance(message, Summed):
-        size: int = message.bytes
-        return size
-    return 0 if message is None else encoded_size(message)
-
-
-def _chains(program: Sequence[Phase]) -> list[tuple[int, ...]]:
-    """Phases grouped so that each "client" phase follows the one it continues."""
-    chains: list[tuple[int, ...]] = []
-    for i, phase in enumerate(program):
-        if phase.over == "client":
-            if not chains:
-                raise ConfigError("a program cannot begin with a phase over one client")
-            chains[-1] = (*chains[-1], i)
-        else:
-            chains.append((i,))
-    if not any(program[c[0]].when not in ("start", "end") for c in chains):
-        raise ConfigError("a program needs a phase in every round")
-    return chains
+    def _spend(self, **more: int) -> None:
+        self.totals = self.totals.plus(**more)

@@ -34,7 +34,7 @@ class Place:
     chunk of an evaluation; results may depend on it in their last bits, so it is configuration. public: inputs
     that everybody may see. n_clients: how many may train. topology: mixing weights by node and neighbour.
     pooled: everybody's training rows, only for the centralised reference. rows: how many training rows those who may
-    train have together.
+    train have together, for methods that count them.
     """
 
     task: Task
@@ -164,7 +164,7 @@ class Site:
         rows = self.test if data is None else data
         if found is None or not len(rows):
             return Score(0, 0.0, None)
-        return score(self.task, self.scores(found, rows.x), self.cast(rows).y)
+        return score(self.task, self.scores(found, rows.x), self.cast(rows).y, rows.sensitive)
 
     @contextmanager
     def _scope(self) -> Iterator[None]:
@@ -178,8 +178,8 @@ class Site:
 class Host(Site):
     """The server as its own code sees it: a site without private data, with every architecture.
 
-    ``clients``: how many may train. ``rows``: training rows that they have together. ``version``: server updates
-    made so far.
+    ``clients``: how many may train. ``rows``: training rows that they have together, for methods that
+    count them. ``version``: server updates made so far.
     """
 
     def __init__(self, place: Place, pool: Pool, version: int, phase: str) -> None:
@@ -198,10 +198,24 @@ def chunks(rows: Split, size: int) -> Iterator[Split]:
         yield rows.rows(slice(start, start + size))
 
 
-def score(task: Task, scores: Tensor, y: Tensor) -> Score:
-    """Mean loss (summed in float64) and accuracy of scores."""
+def score(task: Task, scores: Tensor, y: Tensor, sensitive: Tensor | None = None) -> Score:
+    """Mean loss (summed in float64) and accuracy of scores; counts by group where rows have sensitive attributes."""
     if task.kind == "operator":
         return Score(len(y), 0.0, None)
     loss = float(task.losses(scores, y).double().sum()) / len(y)
-    right = float((scores.argmax(1) == y).double().mean()) if task.kind == "classification" else None
-    return Score(len(y), loss, right)
+    if task.kind != "classification":
+        return Score(len(y), loss, None)
+    predicted = scores.argmax(1)
+    groups = None if sensitive is None else group_counts(sensitive, y, predicted, task.outputs)
+    return Score(len(y), loss, float((predicted == y).double().mean()), groups)
+
+
+def group_counts(sensitive: Tensor, y: Tensor, predicted: Tensor, classes: int) -> tuple[Tensor, ...]:
+    """For each sensitive attribute ``(n, attributes)`` of codes: rows ``(group, label, prediction)``, int64."""
+    found = []
+    for codes in sensitive.unbind(1):
+        groups = int(codes.max()) + 1
+        cells = (codes * classes + y) * classes + predicted
+        counts = torch.bincount(cells, minlength=groups * classes * classes)
+        found.append(counts.reshape(groups, classes, classes))
+    return tuple(found)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -172,6 +172,16 @@ def digest(*trees: Tree) -> str:
     h = hashlib.sha256()
     for tree in trees:
         _hash(h, tree)
+    return h.hexdigest()
+
+
+def digest_of(children: Mapping[Any, Tree]) -> str:
+    """The digest of a dict with these children, which are looked at one at a time; keys count as their text."""
+    h = hashlib.sha256()
+    h.update(f"{{{len(children)}|".encode())
+    for key, child in children.items():
+        h.update(f"{str(key)!r}|".encode())
+        _hash(h, child)
     return h.hexdigest()
 
 

@@ -16,7 +16,7 @@ import shutil
 import signal
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -26,8 +26,7 @@ import torch
 
 from consilience.core.encode import Encoder, decode
 from consilience.core.errors import ClientError, WorkerError
-from consilience.core.executor import Executor
-from consilience.core.messages import Job, Work
+from consilience.core.executor import Executor, ready
 from consilience.core.reduce import BLOCK
 from consilience.core.tree import Tree, clone
 from consilience.core.worker import Call, Worker
@@ -85,6 +84,14 @@ def _pack(tree: Tree, segments: Segments) -> tuple[list[Any], bytes]:
     return [name, encoder.size], b""
 
 
+def _pack_result(result: Tree, segments: Segments) -> tuple[list[Any], bytes]:
+    """A result's references and inline bytes. The parts of a tuple are apart, so that the memory of a large one is
+    free as soon as nobody looks at that part: a client's new state, say, long before its update."""
+    apart = type(result) is tuple
+    packed = [_pack(part, segments) for part in (result if apart else [result])]
+    return [apart, [at for at, _ in packed]], b"".join(inline for _, inline in packed)
+
+
 def _send(pipe: Connection, head: list[Any], body: bytes) -> None:
     pipe.send_bytes(json.dumps(head).encode() + b"\n" + body)
 
@@ -125,7 +132,7 @@ def _answer(worker: Worker, pipe: Connection, mapped: Mapped, segments: Segments
                 shared = (shared_id, decode(mapped.view(*shared_at), copy=False))
             args = decode(mapped.view(*args_at) if args_at[0] else body, copy=False)
             result = worker.run(Call(function, args, shared[1] if shared_id is not None else None))
-            at, inline = _pack(result, segments)
+            at, inline = _pack_result(result, segments)
             answer = [ticket, "done", at], inline
         except ClientError as error:
             answer = [ticket, "client", [str(error), error.trace]], b""
@@ -135,6 +142,17 @@ def _answer(worker: Worker, pipe: Connection, mapped: Mapped, segments: Segments
 
 
 # --- in the parent ---------------------------------------------------------------------------------------------
+
+
+def _settled(function: str, result: Tree) -> Tree:
+    """A result whose new states are copied: they live long, so they leave shared memory at once."""
+    if function == "train":
+        return result[0], clone(result[1])
+    if function == "stack":
+        return [_settled("train", one) for one in result]
+    if function == "block":
+        return result._replace(done=tuple(_settled("train", one) for one in result.done))
+    return clone(result) if function == "mix" else result
 
 
 @dataclass
@@ -168,6 +186,8 @@ class Processes(Executor):
         self._out: dict[int, _Out] = {}
         self._queue: list[tuple[float, int]] = []
         self._done: dict[int, Tree] = {}
+        self._failed: dict[int, ClientError] = {}
+        """Raised when the call is asked for, so that of several the same one is seen whoever comes first."""
         self._shared: dict[int, _Shared] = {}
         self._next, self._made, self._written = 0, 0, 0
         self.pays_from = EACH * BLOCK * workers
@@ -185,17 +205,14 @@ class Processes(Executor):
 
     def finish(self, tickets: Sequence[int]) -> list[Tree]:
         """Wait for these calls; others go on."""
-        while any(ticket not in self._done for ticket in tickets):
-            self._hand_out()
-            self._wait()
+        for ticket in tickets:
+            while ticket not in self._done and ticket not in self._failed:
+                self._hand_out()
+                self._wait()
+            if ticket in self._failed:
+                raise self._failed[ticket]
         self._hand_out()
         return [self._done.pop(ticket) for ticket in tickets]
-
-    def collect(self, jobs: Sequence[Job], tickets: Sequence[int], again: bool = False) -> Iterator[Work]:
-        """What these jobs did. New states are copied out of shared memory, since they live long."""
-        for job, work in zip(jobs, super().collect(jobs, tickets, again), strict=True):
-            self._pending[job.id] = clone(self._pending[job.id])
-            yield work
 
     def close(self) -> None:
         """End the workers and free their memory."""
@@ -229,7 +246,7 @@ class Processes(Executor):
                 return
             _, ticket = heapq.heappop(self._queue)
             out = self._out[ticket]
-            at, inline = _pack(out.call.args, self._segments)
+            at, inline = _pack(ready(out.call).args, self._segments)
             out.segment = at[0]
             shared_id, shared_at = self._share(out.call.shared)
             free, child.free[:] = list(child.free), []
@@ -277,11 +294,20 @@ class Processes(Executor):
             out = self._out.pop(ticket)
             self._release(out)
             if kind == "client":
-                raise ClientError(*what)
+                self._failed[ticket] = ClientError(*what)
+                continue
             if kind == "failed":
                 raise WorkerError(f"a worker failed in '{out.call.name}': {what[0]}\n{what[1]}")
-            data = self._mapped.watched(what[0], what[1], child.free) if what[0] else body
-            self._done[ticket] = decode(data, copy=False)
+            self._done[ticket] = _settled(out.call.name, self._unpack(child, what[0], what[1], body))
+
+    def _unpack(self, child: _Child, apart: bool, parts: Sequence[tuple[str, int]], body: bytearray) -> Tree:
+        """The result that a worker has packed."""
+        found, inline = [], memoryview(body)
+        for name, size in parts:
+            data: Any = inline[:size] if not name else self._mapped.watched(name, size, child.free)
+            inline = inline if name else inline[size:]
+            found.append(decode(data, copy=False))
+        return tuple(found) if apart else found[0]
 
     def _replace(self, dead: _Child) -> None:
         """Put a new worker in the place of one that died, and queue its calls again."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from consilience.core.executor import Executor
+from consilience.core.executor import Executor, ready
 from consilience.core.tree import Tree
 from consilience.core.worker import Call, Worker
 
@@ -25,4 +25,4 @@ class Serial(Executor):
 
     def finish(self, tickets: Sequence[int]) -> list[Tree]:
         """Run them now."""
-        return [self.worker.run(self._queue.pop(ticket)) for ticket in tickets]
+        return [self.worker.run(ready(self._queue.pop(ticket))) for ticket in tickets]

@@ -26,9 +26,10 @@ _HELD: dict[Path, IO[str]] = {}
 """The locks of this process's own folders."""
 
 
-def make_folder() -> Path:
-    """A private folder for segments, in RAM if there is room. Folders whose owners have died are cleared away."""
-    roomy = _RAM.is_dir() and os.access(_RAM, os.W_OK) and shutil.disk_usage(_RAM).free > 1 << 30
+def make_folder(*, ram: bool = True) -> Path:
+    """A private folder, in RAM if that is wanted and there is room, else for temporary files. Folders whose owners
+    have died are cleared away."""
+    roomy = ram and _RAM.is_dir() and os.access(_RAM, os.W_OK) and shutil.disk_usage(_RAM).free > 1 << 30
     parent = _RAM if roomy else Path(tempfile.gettempdir())
     for old in parent.glob(f"{_PREFIX}*"):
         if _abandoned(old):
@@ -47,6 +48,19 @@ def drop_folder(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     if (file := _HELD.pop(folder, None)) is not None:
         file.close()
+
+
+class Temporary:
+    """A private folder on disk, made when it is first asked for; it goes when this does."""
+
+    def __init__(self) -> None:
+        self._path: Path | None = None
+
+    def __call__(self) -> Path:
+        if self._path is None:
+            self._path = make_folder(ram=False)
+            weakref.finalize(self, drop_folder, self._path)
+        return self._path
 
 
 def _abandoned(folder: Path) -> bool:

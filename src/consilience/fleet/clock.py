@@ -9,9 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from consilience.core.errors import ConfigError
 from consilience.core.federation import Federation
@@ -24,22 +27,38 @@ from consilience.fleet import profiles
 from consilience.fleet.availability import Availability, parse
 
 
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up the FLOP of every operation. torch's own FlopCounterMode does the same, but makes torch import its
+    compiler, which takes longer than many a run."""
+
+    total = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
 @functools.lru_cache(maxsize=64)
 def flops(architecture: Architecture) -> float:
-    """FLOP to train on one row: forward and backward, counted once per architecture by torch's counter.
+    """FLOP to train on one row: forward and backward, counted once per architecture by torch's formulas.
 
-    It counts matrix products and convolutions; a model with neither, or that only an operator knows how to evaluate,
-    gets six for each parameter.
+    It counts matrix products and convolutions; a model with neither, or that cannot be evaluated here, gets six for
+    each parameter. (One that always fails will do so at its first client, whose error says where.)
     """
-    from torch.utils.flop_counter import FlopCounterMode
-
     module = architecture.build().train()
-    with torch_fork(0), torch.enable_grad(), FlopCounterMode(display=False) as counter:
+    counter = _Counter()  # type: ignore[no-untyped-call]
+    with torch_fork(0), torch.enable_grad(), counter:
         rows = torch.zeros(2, *architecture.input_shape, dtype=architecture.dtype)  # BatchNorm wants two
-        with contextlib.suppress(NotImplementedError):
+        with contextlib.suppress(Exception):
             module(rows).sum().backward()
-    found = counter.get_total_flops() / 2
-    return found or 6.0 * sum(p.numel() for p in module.parameters())
+    return counter.total / 2 or 6.0 * sum(p.numel() for p in module.parameters())
 
 
 @dataclass(frozen=True)

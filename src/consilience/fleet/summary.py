@@ -18,8 +18,8 @@ DRAWN = 60
 def summarise(fleet: Fleet, federation: Federation) -> list[dict[str, Any]]:
     """Rows for a table: ``name``, ``unit``, and ``least``, ``quarter``, ``median``, ``three_quarters``, ``most``.
 
-    Speeds in GFLOP/s, links in MB/s, latency in ms, memory in GB, power in W, seconds of one pass over a client's own
-    rows, and the share of a week of virtual time that a client is online.
+    Speeds in GFLOP/s, links in MB/s, latency in ms, memory in GB, power in W, milliseconds of one pass over a client's
+    own rows, and the share of a week of virtual time that a client is online.
     """
     clients = [int(c) for c in federation.seen]
     devices = [fleet.devices[c] for c in clients]
@@ -35,7 +35,7 @@ def summarise(fleet: Fleet, federation: Federation) -> list[dict[str, Any]]:
         ("latency", "ms", [1e3 * d.latency for d in devices]),
         ("memory", "GB", [d.memory / 1e9 for d in devices if d.memory]),
         ("power", "W", [d.watts for d in devices if d.watts is not None]),
-        ("one pass over the own rows", "s", passes),
+        ("pass over own rows", "ms", [1e3 * seconds for seconds in passes]),
         ("online", "share", [share_online(fleet, c) for c in clients[:200]]),
     ]
     return [_row(name, unit, values) for name, unit, values in columns if values]

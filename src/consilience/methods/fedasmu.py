@@ -18,7 +18,7 @@ from consilience.core.model import Params, Weights
 from consilience.core.predict import Net, Predictor
 from consilience.core.site import Host, Site
 from consilience.core.streams import Streams
-from consilience.core.training import option
+from consilience.core.training import Search, option
 from consilience.core.tree import record
 from consilience.parts.staleness import mix
 
@@ -105,7 +105,7 @@ class FedASMU(Method):
     schedule = "async"
 
     request: Annotated[float, Gt(0), Lt(1)] = option(0.5, "share of a job's steps before the fresh model is asked for")
-    mu_a: Annotated[float, Gt(0)] = option(1.0, "scale of the server's weight alpha")
+    mu_a: Annotated[float, Gt(0)] = option(1.0, "scale of the server's weight alpha", Search(0.1, 10.0))
     mu_b: Annotated[float, Ge(0)] = option(1.0, "scale of the device's weight beta")
     factor: Annotated[float, Ge(0)] = option(1.0, "first lambda_i")
     decay: Annotated[float, Ge(0)] = option(0.5, "first sigma_i")

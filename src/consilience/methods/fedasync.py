@@ -13,7 +13,7 @@ from consilience.core.messages import Reply
 from consilience.core.method import Method, Phase, ServerState
 from consilience.core.model import Params
 from consilience.core.site import Host, Site
-from consilience.core.training import option
+from consilience.core.training import Search, option
 from consilience.core.tree import Tree
 from consilience.parts.losses import proximal
 from consilience.parts.staleness import discount, mix
@@ -43,7 +43,7 @@ class FedAsync(Method):
     year = 2019
     schedule = "async"
 
-    alpha: Annotated[float, Gt(0), Le(1)] = option(0.6, "weight of a fresh model")
+    alpha: Annotated[float, Gt(0), Le(1)] = option(0.6, "weight of a fresh model", Search(0.05, 1.0))
     staleness: Literal["constant", "polynomial", "hinge"] = option("polynomial", "s: constant, polynomial or hinge")
     a: Annotated[float, Ge(0)] = option(0.5, "exponent of the polynomial, or slope of the hinge")
     b: Annotated[int, Ge(0)] = option(4, "staleness at which the hinge begins to fall")

@@ -12,7 +12,7 @@ from consilience.core.messages import Reply
 from consilience.core.method import Method, Phase
 from consilience.core.model import Weights
 from consilience.core.site import Host
-from consilience.core.training import option
+from consilience.core.training import Search, option
 from consilience.core.tree import record
 from consilience.parts.staleness import move
 
@@ -57,8 +57,9 @@ class FedAU(Method):
     family = "participation"
     source = "Wang and Ji, ICLR"
     year = 2024
+    counts_rows = True
 
-    server_lr: Annotated[float, Gt(0)] = option(1.0, "server step size eta_g")
+    server_lr: Annotated[float, Gt(0)] = option(1.0, "server step size eta_g", Search(0.1, 10.0))
     cutoff: Annotated[int, Ge(1)] | None = option(50, "longest interval that is recorded, K; none for no limit")
     weights: Literal["samples", "uniform"] = option("uniform", "a client's weight before w_i (uniform in the paper)")
     form: Literal["delta"] = option("delta", "clients send differences")

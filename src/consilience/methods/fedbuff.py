@@ -11,7 +11,7 @@ from annotated_types import Ge, Gt
 from consilience.core.messages import Reply
 from consilience.core.method import Method, Phase, ServerState
 from consilience.core.site import Host
-from consilience.core.training import option
+from consilience.core.training import Search, option
 from consilience.parts.staleness import discount, move
 
 
@@ -43,7 +43,7 @@ class FedBuff(Method):
     schedule = "buffered"
 
     buffer: Annotated[int, Ge(1)] = option(10, "replies that make a server step, k")
-    server_lr: Annotated[float, Gt(0)] = option(1.0, "server step size eta_g")
+    server_lr: Annotated[float, Gt(0)] = option(1.0, "server step size eta_g", Search(0.1, 10.0))
     staleness: Literal["constant", "polynomial", "hinge"] = option("polynomial", "s: constant, polynomial or hinge")
     a: Annotated[float, Ge(0)] = option(0.5, "exponent of the polynomial, or slope of the hinge")
     b: Annotated[int, Ge(0)] = option(4, "staleness at which the hinge begins to fall")

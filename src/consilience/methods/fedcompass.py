@@ -12,7 +12,7 @@ from consilience.core.errors import ConfigError
 from consilience.core.messages import Reply
 from consilience.core.method import Method, Phase, ServerState
 from consilience.core.site import Host
-from consilience.core.training import option
+from consilience.core.training import Search, option
 from consilience.parts.staleness import discount, move
 
 
@@ -39,11 +39,12 @@ class FedCompass(Method):
     source = "Li et al., ICLR"
     year = 2024
     schedule = "compass"
+    counts_rows = True
 
     least: Annotated[int, Ge(1)] = option(20, "fewest local steps, Q_min")
     most: Annotated[int, Ge(1)] = option(100, "most local steps, Q_max")
     slack: Annotated[float, Ge(1)] = option(1.2, "a group is waited for so many times its duration")
-    alpha: Annotated[float, Gt(0), Le(1)] = option(0.9, "server step size")
+    alpha: Annotated[float, Gt(0), Le(1)] = option(0.9, "server step size", Search(0.1, 1.0))
     a: Annotated[float, Ge(0)] = option(0.5, "exponent of the staleness weight")
     form: Literal["delta"] = option("delta", "clients send differences")
 

@@ -11,7 +11,7 @@ from annotated_types import Gt
 from consilience.core.messages import Reply
 from consilience.core.method import Method, Phase, ServerState
 from consilience.core.site import Host
-from consilience.core.training import option
+from consilience.core.training import Search, option
 from consilience.parts.staleness import move
 from consilience.schedule.names import make
 
@@ -39,9 +39,10 @@ class FedFix(Method):
     source = "Fraboni et al., JMLR"
     year = 2023
     schedule = "interval"
+    counts_rows = True
 
     interval: str = option("50%", "seconds, or P% of the time of the slowest client's usual job")
-    server_lr: Annotated[float, Gt(0)] = option(1.0, "server step size eta_g")
+    server_lr: Annotated[float, Gt(0)] = option(1.0, "server step size eta_g", Search(0.1, 10.0))
     form: Literal["delta"] = option("delta", "clients send differences")
 
     def check(self) -> None:

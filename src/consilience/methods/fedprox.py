@@ -11,7 +11,7 @@ from consilience.core.fit import Batch, Grad, Plan, n_steps
 from consilience.core.method import Method, Phase
 from consilience.core.model import Params
 from consilience.core.site import Site
-from consilience.core.training import option
+from consilience.core.training import Search, option
 from consilience.core.tree import Tree
 from consilience.parts.losses import proximal
 
@@ -40,7 +40,7 @@ class FedProx(Method):
     year = 2020
     sums = Method.means
 
-    mu: Annotated[float, Ge(0)] = option(0.01, "weight of the proximal term")
+    mu: Annotated[float, Ge(0)] = option(0.01, "weight of the proximal term", Search(1e-3, 1.0))
     stragglers: Annotated[float, Ge(0), Le(1)] = option(0.0, "share of clients that do only part of the work")
 
     def least_samples(self, phase: Phase, rows: int, steps: int | None) -> int:

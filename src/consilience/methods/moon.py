@@ -14,7 +14,7 @@ from consilience.core.messages import DeltaUpdate, ModelUpdate
 from consilience.core.method import Method, Needs, Phase
 from consilience.core.model import Weights
 from consilience.core.site import Site
-from consilience.core.training import option
+from consilience.core.training import Search, option
 from consilience.core.tree import Tree
 from consilience.parts.losses import model_contrast
 
@@ -42,7 +42,7 @@ class Moon(Method):
     needs = Needs(split_model=True, classification=True, loss=True)
     unstacked = "the loss looks at two more networks, which are each client's own"
 
-    mu: Annotated[float, Ge(0)] = option(1.0, "weight of the contrastive term")
+    mu: Annotated[float, Ge(0)] = option(1.0, "weight of the contrastive term", Search(0.1, 10.0))
     temperature: Annotated[float, Gt(0)] = option(0.5, "T")
 
     def client_update(self, phase: Phase, site: Site, message: Tree, state: Weights | None) -> tuple[Tree, Tree]:

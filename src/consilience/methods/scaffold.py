@@ -17,7 +17,7 @@ from consilience.core.model import Params, Weights
 from consilience.core.predict import Net, Predictor
 from consilience.core.reduce import weighted_sum
 from consilience.core.site import Host, Site
-from consilience.core.training import option
+from consilience.core.training import Search, option
 from consilience.core.tree import record
 
 
@@ -85,7 +85,7 @@ class Scaffold(Method):
     source = "Karimireddy et al., ICML"
     year = 2020
 
-    server_lr: Annotated[float, Gt(0)] = option(1.0, "server step size eta_g")
+    server_lr: Annotated[float, Gt(0)] = option(1.0, "server step size eta_g", Search(0.1, 2.0))
     control: Literal["1", "2"] = option("2", "how c_i is renewed: option 1 or 2 of the paper")
     weights: Literal["samples", "uniform"] = option("uniform", "a client's weight (uniform in the paper)")
     form: Literal["delta"] = option("delta", "clients send differences")

@@ -134,6 +134,11 @@ class Facts:
         return self.runs[0].federation
 
     @property
+    def drawn(self) -> bool:
+        """Whether it is told how much each client holds; among very many it is not."""
+        return all("sizes" in run.federation for run in self.runs)
+
+    @property
     def clients(self) -> int:
         return trained(self.federation)
 
@@ -169,8 +174,7 @@ class Facts:
 
 def trained(federation: Mapping[str, Any]) -> int:
     """The number of clients that take part in training."""
-    unseen = {int(i) for i in federation.get("unseen") or ()}
-    return max(1, sum(i not in unseen for i in range(int(federation["clients"]))))
+    return max(1, int(federation["clients"]) - len(federation.get("unseen") or ()))
 
 
 def gather(folder: Path) -> Facts:

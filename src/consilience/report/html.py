@@ -13,8 +13,10 @@ from string import Template
 
 from consilience.report import answer
 from consilience.report.blob import page_blob
+from consilience.report.certainty import certainty_section
 from consilience.report.devices import devices_section
 from consilience.report.facts import Facts, gather
+from consilience.report.groups import groups_section
 from consilience.report.leaderboard import leaderboard_section
 from consilience.report.sections import (
     answer_section,
@@ -25,16 +27,22 @@ from consilience.report.sections import (
     reproduce_section,
     subject,
 )
+from consilience.report.targets import target_section
 from consilience.report.timeline import timelines
+from consilience.report.tuned import read_tuning, tuning_section
 
 SECTIONS: list[tuple[str, str, Callable[[Facts, int], str]]] = [
     ("answer", "Answer", answer_section),
     ("leaderboard", "Leaderboard", leaderboard_section),
+    ("certainty", "How sure", certainty_section),
     ("curves", "Learning curves", curves_section),
+    ("target", "Cost to reach the target", target_section),
     ("clients", "Who gains, who loses", clients_section),
+    ("groups", "Fairness between groups", groups_section),
     ("federation", "The federation", federation_section),
     ("devices", "Devices and time", devices_section),
     ("cost", "Cost", cost_section),
+    ("tuning", "Tuning", tuning_section),
     ("reproduce", "Reproduce", reproduce_section),
 ]
 
@@ -88,9 +96,15 @@ def frame(title: str, about: str, contents: Sequence[tuple[str, str]], sections:
 def render(facts: Facts) -> str:
     """The page as text."""
     alone = len(facts.entries) == 1
-    hidden = {"leaderboard"} if alone and len(facts.seeds) == 1 else set()
-    hidden |= set() if timelines(facts) else {"devices"}
-    shown = [s for s in SECTIONS if s[0] not in hidden]
+    absent = {
+        "leaderboard": alone and len(facts.seeds) == 1,
+        "certainty": alone,
+        "target": facts.compare.get("target") is None,
+        "tuning": read_tuning(facts.folder) is None,
+        "devices": not timelines(facts),
+        "federation": "sizes" not in facts.federation,  # too many clients to draw
+    }
+    shown = [s for s in SECTIONS if not absent.get(s[0])]
     title = re.sub(r"<[^>]*>", "", answer.first(facts)).partition(":")[0]
     return frame(
         f"{title} · {escape(str(facts.federation.get('name', '')))} · Consilience",

@@ -36,7 +36,14 @@ def bar(share: float) -> str:
 
 def show(profile: words.Profile) -> list[RenderableType]:
     """What is printed, part by part; other facts about a federation are parts of their own."""
-    return [_answer(profile), _bits(profile), _between(profile), *_nearest(profile), _limits(profile)]
+    return [
+        _answer(profile),
+        _bits(profile),
+        _between(profile),
+        *_devices(profile),
+        *_nearest(profile),
+        _limits(profile),
+    ]
 
 
 def _plain(text: str) -> str:
@@ -104,6 +111,17 @@ def _nearest(profile: words.Profile) -> list[RenderableType]:
     made = profile["benchmark"]
     said = "A reason to try, no proof." if advice else "None is near enough to suggest a method."
     return [table, Text(f"From {made['file']}, made by `{made['command']}`. {said}\n")]
+
+
+def _devices(profile: words.Profile) -> list[RenderableType]:
+    rows = profile["fleet"]
+    if not rows:
+        return []
+    heads: list[tuple[str, Any]] = [("", "left"), ("Unit", "left")]
+    table = _table("Devices", [*heads, *((title, "right") for title in words.QUANTILES.values())])
+    for row in rows:
+        table.add_row(row["name"], row["unit"], *(words.amount(row[key]) for key in words.QUANTILES))
+    return [table]
 
 
 def _limits(profile: words.Profile) -> RenderableType:

@@ -26,11 +26,13 @@ LETTERS = "ABCDEFGHIJ"
 
 def sections(profile: words.Profile) -> list[Section]:
     """The page's sections in order: anchor, name, and what makes it. What else is known of a federation joins here."""
+    devices = [("devices", "Devices", _devices)] if profile["fleet"] else []
     return [
         ("answer", "Answer", _answer),
         ("bits", "Kinds of heterogeneity", _bits),
         ("classes", "Who holds what", _classes),
         ("map", "Which clients are alike", _map),
+        *devices,
         ("nearest", "What worked elsewhere", _nearest),
         ("limits", "Limits", _limits),
         ("reproduce", "Reproduce", _reproduce),
@@ -299,6 +301,24 @@ def _nearest(profile: words.Profile, number: int) -> str:
         best = display(advice[0]["method"], advice[0]["method"])
         finding = f"{best} did best on the nearest: a reason to try it, no proof."
     return section("nearest", number, title, finding, inner)
+
+
+def _devices(profile: words.Profile, number: int) -> str:
+    rows = profile["fleet"]
+    columns = [Column("", up=True), *(Column(title) for title in words.QUANTILES.values())]
+    cells = [
+        (f"{escape(row['name'])} <small>{escape(row['unit'])}</small>", [
+            Cell(words.amount(row[key]), row[key]) for key in words.QUANTILES
+        ])
+        for row in rows
+    ]  # fmt: skip
+    passes = next(row for row in rows if row["name"] == "pass over own rows")
+    most, least = passes["most"], passes["least"]
+    finding = "All need the same time for a pass over their rows."
+    if least and most > 1.05 * least:
+        times = words.amount(most / least)
+        finding = f"A pass over its own rows takes the slowest client {times} times as long as the fastest."
+    return section("devices", number, "Devices", finding, table("Devices", "Devices", columns, cells))
 
 
 def _limits(profile: words.Profile, number: int) -> str:

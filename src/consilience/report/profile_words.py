@@ -148,3 +148,12 @@ def identity(row: Mapping[str, Any]) -> str:
     parts = row["sum"].replace("_", " ").replace("+", "and").capitalize()
     off = f"{abs(row['gap']):.3f} bits, interval ±{row['interval']:.3f}"
     return f"{parts} add up to the total ({off})" if row["holds"] else f"{parts} miss the total ({off})"
+
+
+QUANTILES = {"least": "Least", "quarter": "25 %", "median": "Median", "three_quarters": "75 %", "most": "Most"}
+"""Headings of a fleet's numbers."""
+
+
+def amount(value: float) -> str:
+    """A number in three figures."""
+    return f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"

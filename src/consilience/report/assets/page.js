@@ -271,6 +271,39 @@ function federation() {
   if (most) most.textContent = `${(100 * top).toFixed(0)} %`;
 }
 
+/* ---------- the fairness plane: accuracy against what predictions tell about the group ---------- */
+function plane() {
+  const el = $('#plane');
+  if (!el) return;
+  const names = Object.keys(D.plane), F = D.plane[state.attr] || D.plane[names[0]], list = shown().filter(m => F.dots[m.id]);
+  const w = width(el), narrow = w < 620, gap = 56, pw = narrow ? w : (w - gap) / 2, ph = printing ? 240 : narrow ? 270 : 330, ml = 40, mr = 14, mt = 30, mb = 44;
+  const panels = [['global', 0, 'Over everybody'], ['local', 1, 'Within clients']], curves = a => Object.entries(F.curves[a] || {});
+  const ys = list.map(m => F.dots[m.id][2]).concat(panels.flatMap(([a]) => curves(a).flatMap(([, c]) => c.map(p => p[1]))));
+  if (!ys.length) { el.innerHTML = '<p class="empty">No method with counts by group is shown.</p>'; return; }
+  const low0 = Math.min(...ys), high0 = Math.max(...ys), pad = .08 * (high0 - low0) || 1, low = Math.max(0, low0 - pad), high = Math.min(100.5, high0 + pad);
+  let s = '';
+  panels.forEach(([along, k, title], i) => {
+    const x0 = narrow ? 0 : i * (pw + gap), y0 = narrow ? i * (ph + 18) : 0, left = x0 + ml, right = x0 + pw - mr, bottom = y0 + ph - mb, top = y0 + mt;
+    const most = Math.max(1e-6, ...list.map(m => F.dots[m.id][k]), ...curves(along).flatMap(([, c]) => c.map(p => p[0]))) * 1.05;
+    const px = v => left + (right - left) * v / most, py = v => top + (bottom - top) * (high - v) / (high - low), yTicks = ticks(low, high, 6), digits = digitsOf(yTicks);
+    s += text(left, y0 + 14, title, 'class="lab-ink" font-weight="600"');
+    yTicks.forEach(t => { s += line(left, py(t), right, py(t), 'class="gridl"') + text(left - 7, py(t) + 4, num(t, digits), 'text-anchor="end"'); });
+    s += line(left, bottom, right, bottom, 'class="axisl"');
+    const xTicks = ticks(0, most, 5), xd = digitsOf(xTicks);
+    xTicks.forEach(t => { s += line(px(t), bottom, px(t), bottom + 4, 'class="axisl"') + text(px(t), bottom + 18, num(t, xd), 'text-anchor="middle"'); });
+    s += text((left + right) / 2, bottom + 36, 'Told about the group, thousandths of a bit', 'text-anchor="middle"');
+    curves(along).forEach(([of, c]) => {
+      const far = c[c.length - 1], path = c.map(p => `${px(p[0]).toFixed(1)} ${py(p[1]).toFixed(1)}`).join('L');
+      s += `<path d="M${path}L${right.toFixed(1)} ${py(far[1]).toFixed(1)}" fill="none" stroke="var(--ink2)" stroke-width="${of === 'oracle' ? 2 : 1.4}"${of === 'oracle' ? '' : ' stroke-dasharray="5 4"'}><title>${of === 'oracle' ? 'No method can be above this' : 'Any relabelling of the best method'}</title></path>`;
+    });
+    list.slice().reverse().forEach(m => {
+      const d = F.dots[m.id];
+      s += group(m, mark(m, px(d[k]), py(d[2]), 5) + `<title>${esc(m.name)}: ${num(d[2], 1)} % at ${num(d[k], 2)} mbit</title>`);
+    });
+  });
+  frame(el, w, narrow ? 2 * ph + 18 : ph, s, 'Accuracy against what predictions tell about the group, over everybody and within clients. ' + list.map(m => `${m.name}: ${num(F.dots[m.id][2], 1)} % at ${num(F.dots[m.id][0], 2)} and ${num(F.dots[m.id][1], 2)} thousandths of a bit`).join(', ') + '.');
+}
+
 /* ---------- controls, print ---------- */
 $$('fieldset[data-state]').forEach(f => f.addEventListener('change', e => {
   state[f.dataset.state] = f.dataset.state === 'fs' ? +e.target.value : e.target.value;
@@ -291,7 +324,7 @@ if ($('#strip')) $('#strip').addEventListener('click', e => {
   const k = e.target.dataset && e.target.dataset.k;
   if (k !== undefined) { state.traced = state.traced === k ? null : k; strip(); }
 });
-function charts() { curves(); strip(); federation(); if (state.focus) emphasise(state.focus); }
+function charts() { curves(); strip(); plane(); federation(); if (state.focus) emphasise(state.focus); }
 addEventListener('beforeprint', () => { printing = true; charts(); });
 addEventListener('afterprint', () => { printing = false; charts(); });
 let drawn = 0;
