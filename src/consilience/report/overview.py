@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from consilience.core.checkpoint import write_atomically
 from consilience.measure.ranks import Ranks
 from consilience.report.answer import p_value
+from consilience.report.html import frame, save
 from consilience.report.markup import Cell, Column, note, section, table
 from consilience.report.words import NONE, Scale, display, fixed, listed, plural
 
@@ -54,8 +53,6 @@ def _name(label: str) -> str:
 
 def write_overview(folder: Path, titles: Mapping[str, str], boards: Boards, ranks: Ranks) -> Path:
     """Write report.html over several federations. titles: what each folder's federation is called."""
-    from string import Template
-
     shown = [
         ("ranks", "Ranks", _ranks_section(ranks)),
         ("federations", "Every federation", _scores_section(titles, boards, ranks)),
@@ -66,34 +63,15 @@ def write_overview(folder: Path, titles: Mapping[str, str], boards: Boards, rank
     ]
     parts += [section(anchor, i, title, *content) for i, (anchor, title, content) in enumerate(shown, 2)]
     contents = [("answer", "Answer"), *((anchor, title) for anchor, title, _ in shown)]
-    assets = files("consilience.report") / "assets"
-    page = Template((assets / "page.html").read_text("utf-8")).substitute(
-        title=f"{len(ranks.order)} methods on {len(titles)} federations · Consilience",
-        css=(assets / "page.css").read_text("utf-8"),
-        subject=f"{plural(len(ranks.order), 'method')} on {plural(len(titles), 'federation')}",
-        contents="".join(
-            f'<li><a href="#{anchor}"><span>{i}</span>{title}</a></li>' for i, (anchor, title) in enumerate(contents, 1)
-        ),
-        sections="".join(parts),
-        key="",
-        blob=json.dumps(EMPTY),
-        script=(assets / "page.js").read_text("utf-8"),
+    page = frame(
+        f"{len(ranks.order)} methods on {len(titles)} federations · Consilience",
+        f"{plural(len(ranks.order), 'method')} on {plural(len(titles), 'federation')}",
+        contents,
+        "".join(parts),
     )
-    write_atomically(folder / "report.html", page)
-    return folder / "report.html"
+    return save(folder / "report.html", page)
 
 
-EMPTY: dict[str, Any] = {
-    "methods": [],
-    "slots": 8,
-    "rows": 1,
-    "seeds": [],
-    "scale": {"noun": "", "unit": "", "points": "", "digits": 1, "lower": False},
-    "curves": {"axes": [], "measures": [], "of": {}},
-    "strip": {"gain": False, "dots": {}},
-    "federation": [],
-    "plane": {},
-}
 """What the page's script needs where nothing is drawn by it."""
 
 
