@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FEATURES, LINEAR, NOISY, NORMED, Breaks, Counting, Frozen, architecture, federation, worker
+from helpers import FEATURES, LINEAR, NOISY, NORMED, Breaks, Counting, Frozen, Twins, architecture, federation, worker
 
 from consilience import methods
 from consilience.core import stack
@@ -94,6 +94,23 @@ def test_every_method_is_as_serial_in_one_float32_step(name: str) -> None:
 @pytest.mark.parametrize("model", [WIDE64, architecture(Frozen, dtype=torch.float64)], ids=lambda m: m.name)
 def test_optimisers_clipping_and_frozen_parameters(fields: dict[str, Any], model: Architecture) -> None:
     method = FedAvg(**USUAL, local_epochs=5, **fields)
+    assert distance(*[result(method, executor, model, 2) for executor in ("serial", "stacked")]) < 1e-12
+
+
+class Idle(Twins):
+    """Its last parameter does nothing, so that its gradient is the same for everybody."""
+
+    def __init__(self, input_shape: tuple[int, ...], outputs: int) -> None:
+        super().__init__(input_shape, outputs)
+        self.idle = torch.nn.Parameter(torch.ones(3))
+
+
+@pytest.mark.parametrize("factory", [Twins, Idle])
+@pytest.mark.parametrize("name", ["fedavg", "fedprox", "scaffold"])
+def test_gradients_that_share_memory_are_taken_apart(name: str, factory: Any) -> None:
+    """They are changed in place by clipping, weight decay, the proximal term and the controls."""
+    method = methods.get(name)(**USUAL, clip=0.2, weight_decay=0.1)
+    model = architecture(factory, dtype=torch.float64)
     assert distance(*[result(method, executor, model, 2) for executor in ("serial", "stacked")]) < 1e-12
 
 

@@ -21,7 +21,7 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from consilience.core.errors import ConfigError
 from consilience.core.federation import Task
-from consilience.core.fit import Batch, Together
+from consilience.core.fit import Batch, Together, apart
 from consilience.core.model import Architecture, Instance, Params, Pool
 from consilience.core.streams import torch_fork
 
@@ -157,7 +157,7 @@ class Stack:
             return None
         for name, value in buffers.items():
             rows.buffers[name][chosen] = value
-        columns = [gradients[name].unbind() for name in first.names]
+        columns = [column.unbind() for column in apart([gradients[name] for name in first.names])]
         return list(zip(map(list, zip(*columns, strict=True)), values.tolist(), strict=True))
 
 
