@@ -145,6 +145,31 @@ def test_what_cannot_be_stacked_is_computed_alone_with_the_same_bits() -> None:
             assert tr.digest(work.update) == tr.digest(alone(FedAvg(**USUAL), model, client).update)
 
 
+class Choosy(torch.nn.Linear):
+    """A model that vmap refuses for batches of two rows."""
+
+    def __init__(self, input_shape: tuple[int, ...], outputs: int) -> None:
+        super().__init__(input_shape[0], outputs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + (0 * x.sum().item() if len(x) == 2 else 0)
+
+
+def test_one_group_that_is_refused_is_no_matter_for_the_others(computed: list[int]) -> None:
+    """Or it would depend on what a worker has done before who is computed together."""
+    method = FedAvg(**USUAL)
+    at = worker(method, federation([6, 6, 8, 8, 8]), architecture(Choosy))
+    message = method.broadcast(at.program[0], method.init_server(at.host(0, "init")), None)  # type: ignore[arg-type]
+    call = Call("stack", (tuple(Job(c, c, 1, 0, 0, 0) for c in range(5)), (None,) * 5), message)
+    with pytest.warns(RuntimeWarning, match="choosy' cannot be stacked"):
+        first = at.run(call)
+    computed.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tr.digest([work.update for work, _ in at.run(call)]) == tr.digest([work.update for work, _ in first])
+    assert max(computed) == 5
+
+
 def test_any_number_of_workers_and_a_resume_give_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     method = Scaffold(**USUAL)
     wanted = result(method, "stacked", WIDE, 4, participation=3).digest
