@@ -381,6 +381,19 @@ def test_neighbours_may_keep_their_buffers() -> None:
     assert tr.digest(kept.snapshots[2].states[0].state) == tr.digest(plain.snapshots[2].states[0])
 
 
+@dataclass(frozen=True)
+class MixFirst(Gossip):
+    """Neighbours mix before they train, so that in round 1 nobody has a state yet."""
+
+    def program(self) -> tuple[Phase, ...]:
+        return tuple(reversed(super().program()))
+
+
+def test_who_mixes_before_training_may_keep_its_buffers_too() -> None:
+    kept, plain = gossip(MixFirst(buffers="local", **USUAL)), gossip(MixFirst(**USUAL))
+    assert tr.digest(kept.snapshots[2].states[0].state) == tr.digest(plain.snapshots[2].states[0])
+
+
 # --- who takes part --------------------------------------------------------------------------------------------
 
 
