@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from consilience.core import tree as tr
 from consilience.core.messages import Job, Reply
 from consilience.core.method import Method, Phase, sums_suffice
 from consilience.core.site import Host
+from consilience.core.states import States, Stored
 from consilience.core.tree import Tree
 from consilience.execute.serial import Serial
 from consilience.methods.fedavg import FedAvg
@@ -50,7 +52,7 @@ def both(method: Method, rounds: int = 3, **more: Any) -> tuple[Memory, Memory, 
 
 def same(a: Memory, b: Memory) -> bool:
     last = max(a.snapshots)
-    pairs = ((m.snapshots[last].server, m.snapshots[last].states, m.lines) for m in (a, b))
+    pairs = ((m.snapshots[last].server, dict(m.snapshots[last].states), m.lines) for m in (a, b))
     return len({tr.digest(*map(str, lines), server, states) for server, states, lines in pairs}) == 1
 
 
@@ -121,3 +123,17 @@ def test_a_schedule_that_leaves_some_out_gets_the_rest() -> None:
     serial = run(FedAvg(**USUAL), many, executor="serial", **options)
     processes = run(FedAvg(**USUAL), many, executor="processes", workers=1, **options)
     assert serial.digest == processes.digest
+
+
+def test_states_on_file_are_read_only_when_their_block_begins(tmp_path: Path) -> None:
+    method = methods.get("scaffold")(**USUAL)
+    states = States(lambda: tmp_path, budget=1)
+    blocks = InBlocks(worker(method, MANY, NORMED))
+    blocks.keep(states)
+    assert same(loop(worker(method, MANY, NORMED), 3), loop(blocks, 3))
+    assert blocks.added == 3
+    jobs = [Job(i, i, 4, 3, 3, 0) for i in range(37)]
+    blocks.submit_all(jobs, None, {})
+    waiting = [state for call in blocks._queue.values() for state in call.args[1]]
+    assert len(waiting) == 37
+    assert all(isinstance(state, Stored) for state in waiting)

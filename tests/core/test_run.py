@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import weakref
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -34,11 +35,14 @@ from consilience.core.encode import decode, encode
 from consilience.core.errors import CheckpointError, ClientError, ConfigError
 from consilience.core.evaluate import Evaluation
 from consilience.core.events import Instant
-from consilience.core.messages import Broadcast, DeltaUpdate, Job, ModelUpdate, Refusal
-from consilience.core.method import Method
+from consilience.core.messages import Broadcast, ClientInfo, DeltaUpdate, Job, Model, ModelUpdate, Refusal, Stat
+from consilience.core.method import Method, Phase
 from consilience.core.run import run as run_loop
 from consilience.core.setup import Setup
+from consilience.core.site import Site
 from consilience.core.snapshot import Snapshot
+from consilience.core.training import option
+from consilience.core.tree import Tree, record
 from consilience.core.worker import Call, Worker
 from consilience.execute.serial import Serial
 from consilience.folder import digest_text
@@ -47,6 +51,7 @@ from consilience.methods.fedavg import FedAvg
 from consilience.methods.local import Local
 from consilience.methods.moon import Moon
 from consilience.methods.scaffold import Down, Scaffold, Up
+from consilience.schedule.immediate import Immediate
 from consilience.schedule.rounds import Rounds
 from consilience.simulate import run
 
@@ -376,6 +381,19 @@ def test_neighbours_may_keep_their_buffers() -> None:
     assert tr.digest(kept.snapshots[2].states[0].state) == tr.digest(plain.snapshots[2].states[0])
 
 
+@dataclass(frozen=True)
+class MixFirst(Gossip):
+    """Neighbours mix before they train, so that in round 1 nobody has a state yet."""
+
+    def program(self) -> tuple[Phase, ...]:
+        return tuple(reversed(super().program()))
+
+
+def test_who_mixes_before_training_may_keep_its_buffers_too() -> None:
+    kept, plain = gossip(MixFirst(buffers="local", **USUAL)), gossip(MixFirst(**USUAL))
+    assert tr.digest(kept.snapshots[2].states[0].state) == tr.digest(plain.snapshots[2].states[0])
+
+
 # --- who takes part --------------------------------------------------------------------------------------------
 
 
@@ -429,3 +447,49 @@ def test_broadcasts_of_past_rounds_are_let_go() -> None:
     setup = Setup(10, 5, Rounds(), Instant(), Standard(), Forgetful(), checkpoint_every=0)
     run_loop(executor, setup)
     assert max(executor.alive) <= 3, executor.alive
+
+
+@record
+class Named(NamedTuple):
+    """A message whose names say as much as its tensors."""
+
+    model: Model
+    parts: Stat
+
+
+@dataclass(frozen=True)
+class Naming(FedAvg):
+    """Tells each client its number: by a name, or by a number's type."""
+
+    kind: str = option("name", "name or type")
+
+    def broadcast(self, phase: Phase, server: Tree, client: ClientInfo) -> Named:
+        parts = {client.id: server.model.params} if self.kind == "name" else (1, 1.0, True, 0.0, -0.0)[client.id]
+        return Named(server.model, parts)
+
+    def init_client(self, site: Site) -> Tree:
+        return ""
+
+    def client_update(self, phase: Phase, site: Site, message: Named, state: Tree) -> tuple[Tree, Tree]:
+        said = message.parts if self.kind == "type" else list(message.parts)
+        return super().client_update(phase, site, message, state)[0], repr(said)
+
+
+@pytest.mark.parametrize("kind", ["name", "type"])
+def test_messages_of_the_same_tensors_under_other_names_are_different(kind: str) -> None:
+    found = loop(worker(Naming(**USUAL, kind=kind)), 1).snapshots[1].states
+    wanted = [f"[{i}]" for i in range(5)] if kind == "name" else ["1", "1.0", "True", "0.0", "-0.0"]
+    assert list(found.values()) == wanted
+
+
+def test_groups_combined_at_one_instant_do_not_hide_that_a_checkpoint_is_due() -> None:
+    """Three replies arrive together, so that versions go 3, 6, 9; every second wants a checkpoint."""
+    saved: list[int] = []
+
+    class Watched(Memory):
+        def checkpoint(self, snapshot: Snapshot) -> None:
+            saved.append(snapshot.version)
+
+    setup = Setup(10, 3, Immediate(), Instant(), Standard(), Watched(), checkpoint_every=2)
+    run_loop(Serial(worker(FedAvg(**USUAL))), setup)
+    assert saved == [3, 6, 9, 10]

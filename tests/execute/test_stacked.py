@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FEATURES, LINEAR, NOISY, NORMED, Breaks, Counting, Frozen, architecture, federation, worker
+from helpers import FEATURES, LINEAR, NOISY, NORMED, Breaks, Counting, Frozen, Twins, architecture, federation, worker
 
 from consilience import methods
 from consilience.core import stack
@@ -97,6 +97,23 @@ def test_optimisers_clipping_and_frozen_parameters(fields: dict[str, Any], model
     assert distance(*[result(method, executor, model, 2) for executor in ("serial", "stacked")]) < 1e-12
 
 
+class Idle(Twins):
+    """Its last parameter does nothing, so that its gradient is the same for everybody."""
+
+    def __init__(self, input_shape: tuple[int, ...], outputs: int) -> None:
+        super().__init__(input_shape, outputs)
+        self.idle = torch.nn.Parameter(torch.ones(3))
+
+
+@pytest.mark.parametrize("factory", [Twins, Idle])
+@pytest.mark.parametrize("name", ["fedavg", "fedprox", "scaffold"])
+def test_gradients_that_share_memory_are_taken_apart(name: str, factory: Any) -> None:
+    """They are changed in place by clipping, weight decay, the proximal term and the controls."""
+    method = methods.get(name)(**USUAL, clip=0.2, weight_decay=0.1)
+    model = architecture(factory, dtype=torch.float64)
+    assert distance(*[result(method, executor, model, 2) for executor in ("serial", "stacked")]) < 1e-12
+
+
 def test_batchnorm_keeps_each_clients_statistics(computed: list[int]) -> None:
     normed = architecture(type(NORMED.factory((FEATURES,), 3)), dtype=torch.float64)
     method = FedAvg(**USUAL, local_epochs=3, buffers="local")
@@ -126,6 +143,31 @@ def test_what_cannot_be_stacked_is_computed_alone_with_the_same_bits() -> None:
     for model, found in ((NOISY, together), (architecture(Counting), counted)):
         for client, (work, _) in enumerate(found):
             assert tr.digest(work.update) == tr.digest(alone(FedAvg(**USUAL), model, client).update)
+
+
+class Choosy(torch.nn.Linear):
+    """A model that vmap refuses for batches of two rows."""
+
+    def __init__(self, input_shape: tuple[int, ...], outputs: int) -> None:
+        super().__init__(input_shape[0], outputs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + (0 * x.sum().item() if len(x) == 2 else 0)
+
+
+def test_one_group_that_is_refused_is_no_matter_for_the_others(computed: list[int]) -> None:
+    """Or it would depend on what a worker has done before who is computed together."""
+    method = FedAvg(**USUAL)
+    at = worker(method, federation([6, 6, 8, 8, 8]), architecture(Choosy))
+    message = method.broadcast(at.program[0], method.init_server(at.host(0, "init")), None)  # type: ignore[arg-type]
+    call = Call("stack", (tuple(Job(c, c, 1, 0, 0, 0) for c in range(5)), (None,) * 5), message)
+    with pytest.warns(RuntimeWarning, match="choosy' cannot be stacked"):
+        first = at.run(call)
+    computed.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tr.digest([work.update for work, _ in at.run(call)]) == tr.digest([work.update for work, _ in first])
+    assert max(computed) == 5
 
 
 def test_any_number_of_workers_and_a_resume_give_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

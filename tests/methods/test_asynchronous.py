@@ -31,7 +31,7 @@ from consilience.fleet.availability import Always
 from consilience.fleet.clock import Fleet
 from consilience.folder import read_snapshot
 from consilience.methods import DPSGD, FedASMU, FedAsync, FedAU, FedAvg, FedBuff, FedCompass, FedFix
-from consilience.methods.fedasmu import Down, Merge, Own
+from consilience.methods.fedasmu import Down, Merge, Own, Up
 from consilience.methods.fedau import Seen, Server
 from consilience.parts.staleness import discount, mix
 from consilience.schedule.buffered import Buffered
@@ -412,6 +412,15 @@ def test_fedasmu_s_server_learns_along_the_gradient(factor: float, decay: float,
     assert got == pytest.approx([-1e-3 * dloss * part for part in parts], rel=1e-4, abs=1e-12)
     assert method._taught(known, None) == known
     assert method._taught(known, math.nan) == known
+
+
+def test_fedasmu_learns_nothing_from_a_reply_that_was_left_out() -> None:
+    method = FedASMU(max_age=1)
+    server = method.init_server(helpers.worker(method).host(0, "init"))
+    server = server._replace(version=5, devices={0: Merge(1.0, 0.5, 0.0, 0.3, 2, 1)})
+    late = helpers.reply(0, Up(server.model, None))._replace(staleness=3)
+    after = method.aggregate(method.program()[1], None, server, [late], [0])  # type: ignore[arg-type]
+    assert method._taught(after.devices[0], 2.0) == after.devices[0]
 
 
 def test_bad_options() -> None:

@@ -15,8 +15,10 @@ from helpers import (
     NORMED,
     SCALAR64,
     SIZES,
+    Frozen,
     Parts,
     SpoiledScaffold,
+    architecture,
     federation,
     loop,
     reply,
@@ -482,3 +484,17 @@ def test_local_buffers_stay_with_their_clients(method: Method) -> None:
         row = next(row for row in memory.clients if row["round"] == 2 and row["client"] == 3)
         deployed = Weights(last.server.model.params, last.states[3].buffers)
         assert row["loss"] == site(at, 3).evaluate(deployed).loss
+
+
+@pytest.mark.parametrize("control", ["1", "2"])
+def test_scaffold_leaves_what_the_model_froze(control: Any) -> None:
+    """It has no gradient and no control, and the others' are those of a model without it."""
+    method = Scaffold(**USUAL, control=control)
+    first = method.init_server(worker(method, model=architecture(Frozen)).host(0, "init")).model.params
+    after = trained(method, model=architecture(Frozen), cohort=5)
+    for name, value in after.server.model.params.items():
+        frozen = name.startswith("features")
+        assert torch.equal(value, first[name]) == frozen
+        controls = [state[name] for state in after.states.values()]
+        assert all((control == 0).all() == frozen for control in [*controls, after.server.control[name]])
+        torch.testing.assert_close(sum(controls) / 5, after.server.control[name], rtol=1e-5, atol=1e-6)

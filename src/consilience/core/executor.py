@@ -66,7 +66,7 @@ class Executor(ABC):
         cohort = _Cohort(list(jobs), message, [])
         for start in range(0, len(jobs), BLOCK):
             some = jobs[start : start + BLOCK]
-            states = tuple(self._states.get(job.client) for job in some)
+            states = tuple(self._states.pin(job.client) for job in some)
             mine = {name: list(of[start : start + BLOCK]) for name, of in weights.items()}
             cost = 3.0 * sum(self.worker.federation.size(job.client) for job in some)
             cohort.tickets.append(self.begin(Call("block", (tuple(some), states, mine), message, cost)))

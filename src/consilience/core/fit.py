@@ -228,10 +228,10 @@ class _Gradient:
         parts = torch.autograd.grad(value, leaves, allow_unused=True)
         if not self.calls:
             self.value = float(value.detach())
-        return _apart([torch.zeros_like(p) if g is None else g for g, p in zip(parts, leaves, strict=True)])
+        return apart([torch.zeros_like(p) if g is None else g for g, p in zip(parts, leaves, strict=True)])
 
 
-def _apart(gradients: list[Tensor]) -> list[Tensor]:
+def apart(gradients: list[Tensor]) -> list[Tensor]:
     """The gradients, each in memory of its own, since they are changed in place: autograd may give two parameters
     the same tensor, or an expanded view."""
     seen: set[int] = set()

@@ -228,7 +228,7 @@ class Method(Training):
         return None
 
     def client_update(self, phase: Phase, site: Site, message: Tree, state: Tree) -> tuple[Tree, Tree]:
-        """What a client does: (update to send, its new state)."""
+        """What a client does: (update to send, its new state; None leaves the one that it had)."""
         fit = self.train(site, message, state)
         return self.pack(message.model, fit.weights), state
 

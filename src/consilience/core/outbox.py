@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from consilience.core import tree as tr
 from consilience.core.encode import encoded_size
 from consilience.core.events import Clock
 from consilience.core.federation import Federation
@@ -47,10 +46,21 @@ class Outbox:
 
     def _shared(self, message: Tree) -> Tree:
         """One object for messages made of the same tensors, so that an executor sends them once."""
-        key = (type(message), *(id(x) if isinstance(x, Tensor) else x for x in tr.leaves(message)))
+        key = _identity(message)
         if key not in self._messages and len(self._messages) >= 64:
             self._messages.clear()
         return self._messages.setdefault(key, message)
+
+
+def _identity(message: Tree) -> Any:
+    """What two messages have in common exactly if they are made of the same tensors under the same names."""
+    if isinstance(message, Tensor):
+        return id(message)
+    if isinstance(message, dict):
+        return tuple(message), tuple(map(_identity, message.values()))
+    if isinstance(message, (tuple, list)):
+        return type(message), tuple(map(_identity, message))
+    return type(message), repr(message)  # 1, 1.0 and True are equal, and 0.0 is -0.0
 
 
 def size_of(message: Tree) -> int:

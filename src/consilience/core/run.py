@@ -197,7 +197,7 @@ class Loop:
                     self.admitted.get(start.client, 0),
                     self.version,
                     chain[0],
-                    start.steps if start.within is None else self._steps_within(start, chain[0]),
+                    start.steps if start.within is None else self._steps_within(start),
                     start.slot,
                     self.judge.wants_clients(self.version + 1),
                 )
@@ -414,7 +414,7 @@ class Loop:
                 self.judge.begin(line, self.server, partial(self.outbox.deployed, self.server), self._asked, judged)
             )
         every = self.setup.checkpoint_every
-        self.due = every > 0 and self.version % every == 0 and self.version < self.setup.rounds
+        self.due |= every > 0 and self.version % every == 0  # several groups may be combined at one instant
 
     def _flush(self) -> None:
         """Finish lines under way. The last one stays open while the next round is computed."""
@@ -505,7 +505,7 @@ class Loop:
         trip = self.setup.clock.trip(job, self.time, down=size, up=size, samples=samples, steps=0)
         return trip.download + trip.compute + trip.upload
 
-    def _steps_within(self, start: Start, phase: int) -> int | None:
+    def _steps_within(self, start: Start) -> int | None:
         """The most steps that a client's device can do in the time it has; None for all of its usual ones."""
         assert start.within is not None
         rows = self.federation.size(start.client)

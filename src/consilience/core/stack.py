@@ -21,7 +21,7 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from consilience.core.errors import ConfigError
 from consilience.core.federation import Task
-from consilience.core.fit import Batch, Together
+from consilience.core.fit import Batch, Together, apart
 from consilience.core.model import Architecture, Instance, Params, Pool
 from consilience.core.streams import torch_fork
 
@@ -88,7 +88,8 @@ class Stack:
         self._greenlet, self.size = check_greenlet(), n
         self._rows: dict[str, Rows] = {}
         self._pools = [StackPool(self._rows, place, n) for place in range(n)]
-        self._unfit: set[str] = set()
+        self._unfit: set[Any] = set()
+        """Groups that vmap refused. Others of the model are still tried, so that it is no matter which came first."""
 
     def run(self, clients: Sequence[Client[T]]) -> list[T]:
         """What each client returns. An exception of one ends all."""
@@ -126,14 +127,14 @@ class Stack:
         answers: dict[int, Gradient | None] = {}
         for key, members in groups.items():
             found: Sequence[Gradient | None] | None = None
-            if key is not None and len(members) > 1 and key[0] not in self._unfit:
-                found = self._compute(key[0], [waiting[i] for i in members])
+            if key is not None and len(members) > 1 and key not in self._unfit:
+                found = self._compute(key, [waiting[i] for i in members])
             answers.update(zip(members, found or [None] * len(members), strict=True))
         return dict(sorted(answers.items()))
 
-    def _compute(self, key: str, wanted: Sequence[Wanted]) -> Sequence[Gradient] | None:
+    def _compute(self, key: Any, wanted: Sequence[Wanted]) -> Sequence[Gradient] | None:
         """The gradients of one group, or None where vmap refuses."""
-        rows, first = self._rows[key], wanted[0]
+        rows, first = self._rows[key[0]], wanted[0]
         places = [want.instance.row[1] for want in wanted if want.instance.row is not None]
         adjacent = places == list(range(places[0], places[0] + len(places)))
         chosen = slice(places[0], places[0] + len(places)) if adjacent else torch.tensor(places)
@@ -148,7 +149,10 @@ class Stack:
         try:
             gradients, values = function(trained, params, buffers, x, y, weights)
         except RuntimeError as error:
+            told = any(other[0] == key[0] for other in self._unfit)
             self._unfit.add(key)
+            if told:
+                return None
             why = str(error).strip().splitlines()[0]
             warnings.warn(
                 f"model '{first.instance.architecture.name}' cannot be stacked, so that its gradients are computed one "
@@ -157,7 +161,7 @@ class Stack:
             return None
         for name, value in buffers.items():
             rows.buffers[name][chosen] = value
-        columns = [gradients[name].unbind() for name in first.names]
+        columns = [column.unbind() for column in apart([gradients[name] for name in first.names])]
         return list(zip(map(list, zip(*columns, strict=True)), values.tolist(), strict=True))
 
 

@@ -176,9 +176,10 @@ class Worker:
         """A node's state after an exchange with its neighbours."""
         site, phase = self.site(job)
         with _blame(site, phase, "mix"):
-            if isinstance(state, Kept):
-                return state._replace(state=self.method.mix(phase, site, self._own(site, state.state), inbox))
-            return self.method.mix(phase, site, self._own(site, state), inbox)
+            if self.method.buffers == "average":
+                return self.method.mix(phase, site, self._own(site, state), inbox)
+            kept = Kept(None, None) if state is None else state
+            return kept._replace(state=self.method.mix(phase, site, self._own(site, kept.state), inbox))
 
     def do_send(self, shared: Tree, job: Job, state: Tree) -> Tree:
         """What a node sends to its neighbours."""

@@ -208,6 +208,8 @@ class FedASMU(Method):
                 alpha = self.weight(known, update, age)
                 model = mix(model, reply.update.model, alpha)
                 known = known._replace(alpha=alpha, update=update, age=age)
+            else:
+                known = known._replace(update=0)  # what it reports next is not about a merge
             devices[client] = known
         return Server(model, update + 1, dict(sorted(devices.items())))
 

@@ -119,17 +119,18 @@ class Scaffold(Method):
 
     def client_update(self, phase: Phase, site: Site, message: Down, state: Params) -> tuple[Up, Params]:
         """Corrected steps, then a new control."""
-        correction = list(tr.sub(message.control, state).values())
+        correction = tr.sub(message.control, state)
 
         def step(params: Params, grad: Grad, batch: Batch, carry: Params | None) -> tuple[Params, Params | None]:
             direction = grad()
             if self.control == "2":
                 carry = _added(carry, direction)
-            torch._foreach_add_(list(direction.values()), correction)
+            torch._foreach_add_(list(direction.values()), [correction[name] for name in direction])
             return direction, carry
 
         fit = site.fit(message.model, step=step)
-        control = self._renew(site, message, fit)
+        renewed = self._renew(site, message, fit)
+        control = {name: renewed.get(name, old) for name, old in state.items()}  # what the model froze stays at 0
         end = fit.weights
         up = Up(tr.sub(end.params, message.model.params), tr.sub(control, state), end.buffers)
         return up, control
