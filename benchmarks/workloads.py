@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 CACHE = Path(__file__).parent / ".cache"
+ARRAYS = ("x", "y", "test_x", "test_y")
 
 
 @dataclass(frozen=True)
@@ -49,27 +52,46 @@ WORKLOADS = {
 }
 
 
+def folder(workload: Workload) -> Path:
+    """Where the workload's arrays are."""
+    return CACHE / f"{workload.partition.replace(':', '_')}-{workload.clients}"
+
+
 def save(workload: Workload) -> None:
     """Write the workload's data for those who do not import Consilience."""
     from consilience.data.datasets import make_federation
 
-    path = CACHE / f"{workload.partition.replace(':', '_')}-{workload.clients}.npz"
+    path = folder(workload)
     if path.exists():
         return
     federation = make_federation(
         "fashion-mnist", clients=workload.clients, partition=workload.partition, split=(1.0, 0.0, 0.0)
     )
     rows = [federation.data(client).train for client in range(workload.clients)]
-    CACHE.mkdir(exist_ok=True)
     x, y = torch.stack([r.x for r in rows]).numpy(), torch.stack([r.y for r in rows]).numpy()
-    np.savez(path, x=x, y=y, test_x=federation.test.x.numpy(), test_y=federation.test.y.numpy())
+    path.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as new:
+        for name, array in zip(ARRAYS, (x, y, federation.test.x.numpy(), federation.test.y.numpy()), strict=True):
+            np.save(Path(new) / f"{name}.npy", array)
+        Path(new).rename(path)
 
 
 def load(workload: Workload) -> tuple[list[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]:
-    """(x, y) of each client, and of the test set, as :func:`save` wrote them."""
-    found = np.load(CACHE / f"{workload.partition.replace(':', '_')}-{workload.clients}.npz")
-    x, y, test_x, test_y = (torch.from_numpy(found[key]) for key in ("x", "y", "test_x", "test_y"))
+    """(x, y) of each client, and of the test set, as :func:`save` wrote them: mapped, so that processes share them."""
+    path = folder(workload)
+    x, y, test_x, test_y = (torch.from_numpy(np.load(path / f"{name}.npy", mmap_mode="c")) for name in ARRAYS)
     return list(zip(x, y, strict=True)), (test_x, test_y)
+
+
+def options(**choices: tuple[str, ...]) -> tuple:
+    """What a peer's script is told: workload, rounds, and each of the named choices (by default the first)."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("workload", choices=WORKLOADS)
+    parser.add_argument("--rounds", type=int, default=20)
+    for name, values in choices.items():
+        parser.add_argument(f"--{name}", choices=values, default=values[0])
+    found = parser.parse_args()
+    return (found.workload, found.rounds, *(getattr(found, name) for name in choices))
 
 
 def lenet() -> nn.Module:

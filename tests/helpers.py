@@ -20,14 +20,15 @@ from consilience.core.events import Instant
 from consilience.core.executor import Executor
 from consilience.core.federation import ClientData, Federation, Split, Task
 from consilience.core.fit import Batch, Plan
-from consilience.core.messages import Job, ModelUpdate, Reply
+from consilience.core.messages import Job, ModelUpdate, Refusal, Reply
 from consilience.core.method import Method, Phase
 from consilience.core.model import Architecture, Weights
 from consilience.core.predict import Net
 from consilience.core.reduce import weighted_sum
-from consilience.core.run import Refusal, Setup, Snapshot
 from consilience.core.run import run as run_loop
+from consilience.core.setup import Setup
 from consilience.core.site import Site
+from consilience.core.snapshot import Snapshot
 from consilience.core.training import option
 from consilience.core.tree import Tree
 from consilience.core.worker import Worker
@@ -39,7 +40,6 @@ from consilience.methods.scaffold import Scaffold
 from consilience.models.small import Linear, SplitModel
 from consilience.schedule.rounds import Rounds
 from consilience.simulate import prepare
-from consilience.wire.validate import Validation
 
 SIZES = (7, 12, 20, 6, 10)
 FEATURES, CLASSES = 5, 3
@@ -158,6 +158,7 @@ class Memory:
         self.clients: list[dict[str, Any]] = []
         self.dropped: list[tuple[int, Refusal]] = []
         self.snapshots: dict[int, Snapshot] = {}
+        self.timeline: list[dict[str, Any]] = []
 
     def line(self, record: dict[str, Any], clients: Sequence[dict[str, Any]]) -> None:
         self.lines.append({key: value for key, value in record.items() if key != "wall_s"})
@@ -165,6 +166,9 @@ class Memory:
 
     def refused(self, version: int, refusals: Sequence[Refusal]) -> None:
         self.dropped.extend((version, refusal) for refusal in refusals)
+
+    def jobs(self, records: Sequence[dict[str, Any]]) -> None:
+        self.timeline.extend(records)
 
     def checkpoint(self, snapshot: Snapshot) -> None:
         self.snapshots[snapshot.version] = snapshot
@@ -190,7 +194,7 @@ def loop(
         clock=Instant(),
         measures=Standard(),
         recorder=memory,
-        stages=(Validation(executor.worker.place),),
+        stages=() if executor.worker.check is None else (executor.worker.check,),
         evaluation=evaluation or Evaluation(),
         checkpoint_every=1,
         **more,

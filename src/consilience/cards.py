@@ -32,6 +32,7 @@ def card(name: str) -> dict[str, Any]:
         "needs": needs,
         "schedule": cls.schedule,
         "options": {key: _option(cls, key) for key in cls.options()},
+        "unstacked": cls.unstacked,
         "confidence": cls.confidence,
         "text": text,
     }
@@ -39,7 +40,12 @@ def card(name: str) -> dict[str, Any]:
 
 def _option(cls: type[Method], key: str) -> dict[str, Any]:
     field = cls.options()[key]
-    return {"default": field.default, "help": field.metadata.get("help", "")}
+    search = field.metadata.get("search")
+    return {
+        "default": field.default,
+        "help": field.metadata.get("help", ""),
+        "search": None if search is None else str(search),
+    }
 
 
 def show_cards(console: Console) -> None:
@@ -65,6 +71,8 @@ def show_card(console: Console, name: str) -> None:
     console.print()
     console.print(Text(f"needs: {', '.join(c['needs']).replace('_', ' ') or 'nothing'}"))
     console.print(Text(f"schedule: {c['schedule']}; confidence in this implementation: {c['confidence']}"))
+    if c["unstacked"]:
+        console.print(Text(f"executor stacked: no faster, since {c['unstacked']}"), soft_wrap=True)
     table = Table("Option", "Default", "Meaning", box=box.SIMPLE_HEAD, pad_edge=False)
     own = [key for key in c["options"] if key not in Method.options()]
     for key in [*own, *(key for key in c["options"] if key not in own)]:

@@ -63,7 +63,7 @@ def _option(name: str, text: str, panel: str) -> inspect.Parameter:
 
 
 def _shared(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the options that run, compare and plan share; it gets them as one mapping ``given``."""
+    """Give a command the options that run, compare, profile and plan share; it gets them as one mapping ``given``."""
     own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "given"]
     options = [
         _option(name, f"{f.description}{_default(f.default)}", "Options") for name, f in Config.model_fields.items()
@@ -176,9 +176,25 @@ def compare_command(
     config: ConfigFile = None,
     as_json: AsJson = False,
     reference: Annotated[str | None, typer.Option("--reference", help="a method to compare with", metavar="")] = None,
+    target: Annotated[
+        str | None, typer.Option("--target", help="an accuracy, as 0.85: what does reaching it cost?", metavar="")
+    ] = None,
+    tune: Annotated[
+        str | None,
+        typer.Option("--tune", help="trials for each method first, judged on validation data", metavar=""),
+    ] = None,
+    federation: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--federation",
+            help="options of one federation as KEY=VALUE,...; give several to rank over them",
+            metavar="",
+        ),
+    ] = None,
 ) -> None:
     """Train several methods on the same federations and show which wins, for whom and at what cost."""
-    settings = settle({**given, "reference": reference}, config)
+    own = {"reference": reference, "target": target, "tune": tune, "federations": federation or None}
+    settings = settle({**given, **own}, config)
     names = list(methods or settings.methods)
     if not names:
         raise ConfigError("name the methods to compare, as in `consilience compare local fedavg scaffold`")
@@ -189,28 +205,32 @@ def _compare(settings: Settings, names: Sequence[str], as_json: bool) -> None:
     from consilience import experiment
 
     folder = Path(settings.config.out or experiment.default_folder("compare"))
-    runs = experiment.specs(settings, names)
+    from consilience import suite
+
+    several = bool(settings.federations)
+    runs = suite.labels(settings, names) if several else [spec.name for spec in experiment.specs(settings, names)]
     from consilience.report.terminal import Progress
 
     _, err = _consoles()
-    with Progress(err, labels=[spec.name for spec in runs], rounds=settings.config.rounds) as progress:
-        rows = experiment.compare(
+    with Progress(err, labels=runs, rounds=settings.config.rounds) as progress:
+        rows = (suite.compare_on_all if several else experiment.compare)(
             settings,
             names,
             folder,
             command=experiment.command_line(),
             on_line=progress.update,
+            tell=lambda text: err.print(text, markup=False, highlight=False),
         )
     _show_leaderboard(rows, folder, as_json)
 
 
 def _show_leaderboard(rows: list[dict[str, Any]], folder: Path, as_json: bool) -> None:
-    from consilience.report.terminal import leaderboard_table
+    from consilience.report.terminal import show_comparison
 
     if as_json:
         typer.echo(json.dumps(rows))
         return
-    _consoles()[0].print(leaderboard_table(rows))
+    show_comparison(_consoles()[0], rows, folder)
     typer.echo(f"report: {folder / 'report.html'}")
 
 
@@ -264,6 +284,26 @@ def methods_command(
         show_card(out, name)
 
 
+@app.command("profile", cls=Command)
+@_shared
+def profile_command(*, given: dict[str, Any], config: ConfigFile = None, as_json: AsJson = False) -> None:
+    """Measure a federation's heterogeneity in bits, before any training: what kind, how much, which methods suit."""
+    from consilience import experiment
+
+    settings = settle(given, config)
+    folder = Path(settings.config.out or experiment.default_folder("profile"))
+    found = experiment.profile(settings.config, folder, command=experiment.command_line())
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    from consilience.report.profile import show
+
+    out, _ = _consoles()
+    for part in show(found):
+        out.print(part, highlight=False)
+    typer.echo(f"report: {folder / 'report.html'}")
+
+
 @app.command("plan", cls=Command)
 @_shared
 def plan_command(
@@ -284,13 +324,37 @@ def plan_command(
 
 
 @app.command("report", cls=Command)
-def report_command(folder: Folder) -> None:
-    """Write report.html (and a comparison's leaderboard.json) anew from the files of a folder."""
+def report_command(
+    folder: Folder,
+    form: Annotated[
+        str | None,
+        typer.Option("--format", help="csv, parquet or latex: write the report's tables instead", metavar=""),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="with --format: folder to write (FOLDER/tables)", metavar="")
+    ] = None,
+) -> None:
+    """Write report.html (and a comparison's leaderboard.json) anew from the files of a folder, or its tables."""
     from consilience import experiment
     from consilience.report.html import write_report
 
-    if (folder / "compare.yaml").exists():
-        _show_leaderboard(experiment.conclude(folder), folder, False)
+    if form is not None:
+        from consilience.report.tables import write_tables
+
+        for path in write_tables(folder, form, out):
+            typer.echo(path)
+        return
+    if out is not None:
+        raise ConfigError("--out goes with --format; report.html is written into the folder that it reports on")
+    if (folder / "profile.json").exists():
+        from consilience.report.profile_page import write_profile
+
+        typer.echo(f"report: {write_profile(folder)}")
+    elif (folder / "compare.yaml").exists():
+        from consilience import suite
+
+        several = bool(experiment.read_comparison(folder)[0].federations)
+        _show_leaderboard((suite.conclude if several else experiment.conclude)(folder), folder, False)
     else:
         typer.echo(f"report: {write_report(folder)}")
 
@@ -305,7 +369,7 @@ def resume_command(folder: Folder) -> None:
     labels, rounds = experiment.labels(folder)
     out, err = _consoles()
     with Progress(err, labels=labels, rounds=rounds) as progress:
-        done = experiment.resume(folder, progress.update)
+        done = experiment.resume(folder, progress.update, lambda text: err.print(text, markup=False, highlight=False))
     if isinstance(done, list):
         _show_leaderboard(done, folder, False)
         return

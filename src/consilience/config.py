@@ -6,6 +6,7 @@ One pydantic model checks both; unknown keys are refused with the nearest right 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,7 @@ class Config(BaseModel):
     split: Annotated[tuple[float, ...], BeforeValidator(_listed)] = Field(
         (0.8, 0.1, 0.1), description="shares of each client's rows to train, validate and test on"
     )
-    sensitive: Listed = Field([], description="columns kept as sensitive attributes")
+    sensitive: Listed = Field([], description="columns of groups to report differences between")
     public: int = Field(0, ge=0, description="unlabelled rows that everybody may see")
     unseen: Share = Field(0, ge=0, description="clients that never train: a fraction or a count")
     participation: Share = Field(1.0, gt=0, description="clients a round: a fraction (with a point) or a count")
@@ -67,12 +68,20 @@ class Config(BaseModel):
     eval_every: int = Field(1, ge=1, description="rounds between judgements of the global model")
     eval_clients_every: int = Field(10, ge=0, description="rounds between judgements of clients; 0: only the end")
     eval_clients: int | None = Field(None, ge=1, description="clients judged (all)")
-    schedule: Literal["rounds"] | None = Field(None, description="when the server combines (the method's)")
+    fleet: str = Field("uniform", description="devices: a profile, a csv file, or package.module:function")
+    fleet_correlation: str = Field("0", description="RHO: fast devices have many rows; labels:RHO: certain labels")
+    availability: str = Field("always", description="when clients can be reached: a rule or a trace file")
+    drops: float = Field(0.0, ge=0, lt=1, description="chance that a job is lost on its way")
+    schedule: str | None = Field(None, description="when the server combines (the method's)")
+    concurrency: int | None = Field(None, ge=1, description="jobs in flight of an asynchronous schedule (the cohort)")
+    over_selection: float = Field(1.0, ge=1, description="times the cohort that a deadline's rounds ask")
+    late: Literal["discard", "partial"] = Field("discard", description="at a deadline: drop late work, or cut it short")
     topology: str = Field("complete", description="who exchanges with whom, for methods without a server")
+    mixing: Literal["metropolis", "uniform"] = Field("metropolis", description="weights of neighbours")
     init: str | None = Field(None, description="a safetensors file to start from")
     seed: int = Field(0, ge=0, description="of everything random")
     seeds: int = Field(1, ge=1, description="repetitions, with seeds seed, seed + 1, ...")
-    executor: Literal["auto", "serial", "processes"] = Field("auto", description="where clients run")
+    executor: Literal["auto", "serial", "processes", "stacked"] = Field("auto", description="where clients run")
     workers: int | None = Field(None, ge=1, description="worker processes (cores)")
     client_state_memory: Annotated[str, BeforeValidator(_memory)] = Field(
         "1GB", description="clients' states to keep in memory; others go to files in the run's folder"
@@ -84,7 +93,13 @@ class Config(BaseModel):
 TRAINING = {f.name: f for f in dataclasses.fields(Training)}
 """Training options: fields of every method, that a run's configuration may set for all."""
 
-COMPARE_KEYS = {"methods": "a list of METHOD[:key=value,...]", "reference": "a method to compare with"}
+COMPARE_KEYS = {
+    "methods": "a list of METHOD[:key=value,...]",
+    "reference": "a method to compare with",
+    "target": "an accuracy (a loss in a regression) whose cost is asked",
+    "tune": "trials for each method, judged on validation data",
+    "federations": "a list of mappings of options, or of KEY=VALUE,..., each a federation to compare on",
+}
 
 
 @dataclass(frozen=True)
@@ -95,6 +110,9 @@ class Settings:
     training: Mapping[str, Any]
     methods: tuple[str, ...] = ()
     reference: str | None = None
+    target: float | None = None
+    tune: int | None = None
+    federations: tuple[Mapping[str, Any], ...] = ()
 
     def flat(self) -> dict[str, Any]:
         """As one mapping, as configuration files have it."""
@@ -116,6 +134,9 @@ def settle(given: Mapping[str, Any], file: str | Path | None = None) -> Settings
     names = values.pop("methods", None) or ()
     names = [names] if isinstance(names, str) else names
     reference = values.pop("reference", None)
+    target = _at_least(values.pop("target", None), "target", float, 0.0)
+    tune = _at_least(values.pop("tune", None), "tune", int, 1)
+    federations = tuple(_federation(entry) for entry in values.pop("federations", None) or ())
     training = {key: values.pop(key) for key in list(values) if key in TRAINING}
     try:
         config = Config.model_validate(values)
@@ -123,7 +144,38 @@ def settle(given: Mapping[str, Any], file: str | Path | None = None) -> Settings
         raise ConfigError(_explain(error)) from None
     if isinstance(config.participation, float) and config.participation > 1:
         raise ConfigError(f"--participation {config.participation}: a fraction is at most 1.0; a count has no point")
-    return Settings(_rooted(config), training, tuple(_spec(name) for name in names), reference)
+    return Settings(
+        _rooted(config), training, tuple(_spec(name) for name in names), reference, target, tune, federations
+    )
+
+
+def _at_least(value: Any, key: str, kind: type[Any], least: float) -> Any:
+    """A number that is not below ``least`` (above it, if that is 0)."""
+    if value is None:
+        return None
+    try:
+        found = kind(str(value))
+    except ValueError:
+        found = None
+    if found is None or not math.isfinite(found) or found < least or (least == 0 and found == 0):
+        raise ConfigError(
+            f"--{key} {value!r}: a number {'above 0' if least == 0 else f'from {least} on'} ({COMPARE_KEYS[key]})"
+        )
+    return found
+
+
+def _federation(entry: Any) -> dict[str, Any]:
+    """The options of one federation, from a mapping or from KEY=VALUE,..."""
+    if isinstance(entry, str):
+        _, entry = parse_method(f"federation:{entry}")
+    if not isinstance(entry, Mapping) or not entry:
+        raise ConfigError(f"federations: {entry!r} is neither KEY=VALUE,... nor a mapping of options")
+    found = {str(key).replace("-", "_"): value for key, value in entry.items()}
+    for key in found:
+        if key not in Config.model_fields or key in ("out", "seed", "seeds"):
+            known = [k for k in Config.model_fields if k not in ("out", "seed", "seeds")]
+            raise ConfigError(f"federations: '{key}' is no option of a federation{nearest(key, known)}")
+    return found
 
 
 def _rooted(config: Config) -> Config:

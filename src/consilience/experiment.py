@@ -104,17 +104,28 @@ def _arguments(spec: RunSpec, federation: Any) -> dict[str, Any]:
         "model": config.model,
         "models": config.models,
         "topology": config.topology,
+        "mixing": config.mixing,
         "seed": config.seed,
         "init": init,
     }
 
 
+def _timing(config: Config) -> dict[str, Any]:
+    """The arguments of ``run`` that say who is when where."""
+    keys = (
+        "fleet", "fleet_correlation", "availability", "drops", "schedule", "concurrency", "over_selection", "late",
+    )  # fmt: skip
+    return {key: getattr(config, key) for key in keys}
+
+
 def check(spec: RunSpec, federation: Any) -> Any:
     """Refuse what cannot run, before anything is written; returns the worker, for planning."""
     from consilience import methods
-    from consilience.simulate import prepare
+    from consilience.simulate import prepare, timing
 
-    return prepare(methods.make(spec.method, spec.options), federation, **_arguments(spec, federation))
+    worker = prepare(methods.make(spec.method, spec.options), federation, **_arguments(spec, federation))
+    timing(worker, participation=spec.config.participation, **_timing(spec.config))
+    return worker
 
 
 def execute(
@@ -139,7 +150,7 @@ def execute(
         **_arguments(spec, federation),
         rounds=config.rounds,
         participation=config.participation,
-        schedule=config.schedule,
+        **_timing(config),
         eval_every=config.eval_every,
         eval_clients_every=config.eval_clients_every,
         eval_clients=config.eval_clients,
@@ -154,41 +165,137 @@ def execute(
     )
 
 
+def trial(spec: RunSpec, federation: Any) -> Any:
+    """A run that leaves nothing behind and judges as little as the loop allows; returns its Result."""
+    from consilience import methods
+    from consilience.simulate import run
+
+    config = spec.config
+    return run(
+        methods.make(spec.method, spec.options),
+        federation,
+        **_arguments(spec, federation),
+        rounds=config.rounds,
+        participation=config.participation,
+        **_timing(config),
+        eval_every=config.rounds,
+        eval_clients_every=0,
+        eval_clients=1,
+        executor=config.executor,
+        workers=config.workers,
+    )
+
+
 def compare(
-    settings: Settings, names: Sequence[str], folder: Path, *, command: str, on_line: OnLine, resume: bool = False
+    settings: Settings,
+    names: Sequence[str],
+    folder: Path,
+    *,
+    command: str,
+    on_line: OnLine,
+    tell: Callable[[str], None] = lambda text: None,
+    resume: bool = False,
 ) -> list[dict[str, Any]]:
     """Run every method with every seed, write leaderboard.json and report.html, and return the leaderboard.
 
     With at least as many runs as workers, whole runs go side by side, each in a process of its own; otherwise one
-    after another, each over all workers. The results are the same bits either way.
+    after another, each over all workers. The results are the same bits either way. tell: called with a sentence
+    about every trial where methods are tuned first.
     """
     runs = specs(settings, names)
-    if resume:
-        todo = [spec for spec in runs if not (folder / spec.name / "digest.txt").exists()]
-    else:
-        if folder.exists() and not folder.is_dir():
-            raise ConfigError(f"{folder} is a file; --out wants a folder")
-        if folder.exists() and any(folder.iterdir()):
-            raise ConfigError(f"{folder} is not empty; give another --out, or resume it")
-        todo = runs
-        for spec in {spec.config.seed: spec for spec in runs}.values():
-            federation = make_federation(spec.config)
-            for other in (s for s in runs if s.config.seed == spec.config.seed):
-                check(other, federation)
+    if not resume:
+        free(folder)
+        check_all(settings, runs)
         folder.mkdir(parents=True, exist_ok=True)
-        record = {**settings.flat(), "methods": list(names), "reference": settings.reference, "command": command}
-        write_atomically(folder / "compare.yaml", yaml.safe_dump(record, sort_keys=False))
-    _run_all(todo, folder, command, on_line)
+        record(settings, names, folder, command)
+    if settings.tune is not None:
+        from consilience.tuning import tune
+
+        runs = tune(runs, settings.tune, folder, tell)
+    _run_all([spec for spec in runs if not (folder / spec.name / "digest.txt").exists()], folder, command, on_line)
     return conclude(folder)
+
+
+def free(folder: Path) -> None:
+    """Refuse a folder that something may not be written into: a file, or a folder that is not empty."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; --out wants a folder")
+    if folder.exists() and any(folder.iterdir()):
+        more = ", or resume it" if (folder / "compare.yaml").exists() else ""
+        raise ConfigError(f"{folder} is not empty; give another --out{more}")
+
+
+def profile(config: Config, folder: Path, *, command: str) -> dict[str, Any]:
+    """Measure the federation of a configuration; write profile.json, partition.json and report.html; return it."""
+    from consilience.data.federation import save_partition
+    from consilience.folder import versions
+    from consilience.measure.profile import profile as measure
+    from consilience.report.profile_page import write_profile
+
+    free(folder)
+    federation = make_federation(config)
+    found = {**measure(federation, config.seed), "fleet": _fleet(config, federation)}
+    found |= {"command": command, "versions": versions()}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_partition(folder / "partition.json", federation)
+    write_atomically(folder / "profile.json", json.dumps(found))
+    write_profile(folder)
+    return found
+
+
+def _fleet(config: Config, federation: Any) -> list[dict[str, Any]]:
+    """The fleet of a configuration in numbers; it is that of every method, so any that takes all models will do."""
+    from consilience import methods
+    from consilience.fleet.clock import make_fleet
+    from consilience.fleet.summary import summarise
+    from consilience.simulate import prepare
+
+    worker = prepare(
+        methods.get("local").make({}), federation, model=config.model, models=config.models, seed=config.seed
+    )
+    fleet = make_fleet(
+        worker.place, federation, fleet=config.fleet, availability=config.availability,
+        correlation=config.fleet_correlation, drops=config.drops,
+    )  # fmt: skip
+    return summarise(fleet, federation)
+
+
+def check_all(settings: Settings, runs: Sequence[RunSpec]) -> None:
+    """Refuse whatever cannot run, before anything is written."""
+    for spec in {spec.config.seed: spec for spec in runs}.values():
+        federation = make_federation(spec.config)
+        for other in (s for s in runs if s.config.seed == spec.config.seed):
+            check(other, federation)
+        if settings.target is not None and settings.target > 1 and federation.task.kind == "classification":
+            raise ConfigError(f"--target {settings.target:g}: an accuracy is at most 1, as in 0.85")
+    if settings.tune is not None:
+        from consilience.tuning import prepare
+
+        prepare(runs)
+
+
+def record(settings: Settings, names: Sequence[str], folder: Path, command: str) -> None:
+    """Write compare.yaml, from which a comparison is resumed and judged."""
+    told = {
+        **settings.flat(),
+        "methods": list(names),
+        "reference": settings.reference,
+        "target": settings.target,
+        "tune": settings.tune,
+        **({"federations": [dict(f) for f in settings.federations]} if settings.federations else {}),
+        "command": command,
+    }
+    write_atomically(folder / "compare.yaml", yaml.safe_dump(told, sort_keys=False))
 
 
 def conclude(folder: Path) -> list[dict[str, Any]]:
     """Judge the runs in a comparison's folder: leaderboard.json and report.html."""
-    from consilience.measure.statistics import leaderboard
+    from consilience.measure.board import board
     from consilience.report.html import write_report
     from consilience.report.load import read_runs
 
-    rows = leaderboard(read_runs(folder))
+    asked = read_yaml(folder / "compare.yaml")
+    rows = board(read_runs(folder), reference=asked.get("reference"), target=asked.get("target"))
     write_atomically(folder / "leaderboard.json", json.dumps(rows, indent=1))
     write_report(folder)
     return rows
@@ -201,7 +308,7 @@ def _run_all(todo: Sequence[RunSpec], folder: Path, command: str, on_line: OnLin
         return
     config = todo[0].config
     workers = config.workers or cores()
-    if config.executor == "serial" or workers == 1 or len(todo) < workers:
+    if config.executor in ("serial", "stacked") or workers == 1 or len(todo) < workers:
         for spec in todo:
             _one(spec, folder, command, None, lambda line, label=spec.name: on_line(label, line))  # type: ignore[misc]
         return
@@ -293,25 +400,40 @@ def _rebuild(label: str, what: Sequence[str]) -> ConsilienceError:
     return error
 
 
-def resume(folder: Path, on_line: OnLine) -> list[dict[str, Any]] | Any:
+def resume(
+    folder: Path, on_line: OnLine, tell: Callable[[str], None] = lambda text: None
+) -> list[dict[str, Any]] | Any:
     """Go on with a run or a comparison that was interrupted. Returns what ``execute`` or ``compare`` would."""
     if (folder / "compare.yaml").exists():
-        record = read_yaml(folder / "compare.yaml")
-        command = record.pop("command", "")
-        settings = settle(record)
-        return compare(settings, settings.methods, folder, command=command, on_line=on_line, resume=True)
+        settings, command = read_comparison(folder)
+        if settings.federations:
+            from consilience.suite import compare_on_all
+
+            return compare_on_all(
+                settings, settings.methods, folder, command=command, on_line=on_line, tell=tell, resume=True
+            )
+        return compare(settings, settings.methods, folder, command=command, on_line=on_line, tell=tell, resume=True)
     spec, command = read_spec(folder)
     result = execute(spec, folder, command=command, resume=True, on_line=lambda line: on_line(spec.name, line))
     _report(folder)
     return result
 
 
+def read_comparison(folder: Path) -> tuple[Settings, str]:
+    """The settings of a comparison's folder, and the command that began it."""
+    written = read_yaml(folder / "compare.yaml")
+    command = written.pop("command", "")
+    return settle(written), command
+
+
 def labels(folder: Path) -> tuple[list[str], int]:
     """Names of the runs that a folder holds, and their rounds."""
     if (folder / "compare.yaml").exists():
-        record = read_yaml(folder / "compare.yaml")
-        record.pop("command", "")
-        settings = settle(record)
+        settings, _ = read_comparison(folder)
+        if settings.federations:
+            from consilience.suite import labels as of_all
+
+            return of_all(settings, settings.methods), settings.config.rounds
         return [spec.name for spec in specs(settings, settings.methods)], settings.config.rounds
     spec, _ = read_spec(folder)
     return [spec.name], spec.config.rounds

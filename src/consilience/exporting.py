@@ -18,7 +18,7 @@ from consilience.core.errors import CheckpointError, ConfigError, DataError
 from consilience.core.federation import Federation
 from consilience.core.model import Architecture, Weights
 from consilience.core.predict import Net, Predictor
-from consilience.core.run import Snapshot
+from consilience.core.snapshot import Snapshot
 from consilience.core.worker import Worker
 from consilience.folder import digest_text, read_lines, read_snapshot
 

@@ -21,7 +21,8 @@ from consilience.core import checkpoint
 from consilience.core import tree as tr
 from consilience.core.errors import CheckpointError
 from consilience.core.federation import Federation
-from consilience.core.run import Refusal, Snapshot
+from consilience.core.messages import Refusal
+from consilience.core.snapshot import Snapshot
 from consilience.core.states import States
 from consilience.core.tree import Tree
 
@@ -52,6 +53,7 @@ def describe(federation: Federation) -> dict[str, Any]:
         "unseen": sorted(federation.unseen),
         "groups": None if federation.groups is None else list(federation.groups),
         "names": list(federation.names),
+        "sensitive": dict(federation.about.get("sensitive", {})),
     }
     if n <= DRAWN:
         about["sizes"] = [federation.size(client) for client in range(n)]
@@ -71,6 +73,7 @@ class RunFolder:
         self.lines: list[dict[str, Any]] = []
         self.clients: list[dict[str, Any]] = []
         self.refused_lines: list[dict[str, Any]] = []
+        self.timeline: list[dict[str, Any]] = []
 
     @classmethod
     def create(
@@ -109,6 +112,7 @@ class RunFolder:
         folder.lines = _cut(path / "history.jsonl", notes["history_bytes"])
         folder.refused_lines = _cut(path / "refused.jsonl", notes.get("refused_bytes", 0))
         folder.clients = _cut(path / "clients.jsonl", notes["clients_bytes"])
+        folder.timeline = _cut(path / "timeline.jsonl", notes.get("timeline_bytes", 0))
         return folder, snapshot, float(notes["wall_s"])
 
     def line(self, record: dict[str, Any], clients: Sequence[dict[str, Any]]) -> None:
@@ -123,6 +127,11 @@ class RunFolder:
         """Append updates that were dropped."""
         _append(self.path / "refused.jsonl", [{"round": version, **refusal._asdict()} for refusal in refusals])
 
+    def jobs(self, records: Sequence[dict[str, Any]]) -> None:
+        """Append jobs that ended."""
+        self.timeline.extend(records)
+        _append(self.path / "timeline.jsonl", records)
+
     def checkpoint(self, snapshot: Snapshot) -> None:
         """Save a generation: of the clients' states, those that have changed."""
         notes = {
@@ -130,13 +139,16 @@ class RunFolder:
             "history_bytes": _length(self.path / "history.jsonl"),
             "refused_bytes": _length(self.path / "refused.jsonl"),
             "clients_bytes": _length(self.path / "clients.jsonl"),
+            "timeline_bytes": _length(self.path / "timeline.jsonl"),
             "wall_s": self.lines[-1]["wall_s"] if self.lines else 0.0,
         }
         checkpoint.save(self.path / "checkpoint", snapshot.version, _packed(snapshot), notes)
         self.states.saved()
 
-    def finish(self, snapshot: Snapshot) -> None:
-        """Write the digest: the mark of a run that is done."""
+    def finish(self, snapshot: Snapshot, fleet: Mapping[str, Any]) -> None:
+        """Write the fleet as it was, and the digest: the mark of a run that is done."""
+        if fleet:
+            checkpoint.write_atomically(self.path / "fleet.json", json.dumps(fleet))
         checkpoint.write_atomically(self.path / "digest.txt", digest_text(snapshot, self.lines))
 
 

@@ -6,22 +6,24 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from consilience.core.errors import CheckpointError, ConfigError, NeedsError, nearest
 from consilience.core.evaluate import Evaluation
-from consilience.core.events import Clock, Instant, Schedule, cohort_size
+from consilience.core.events import Clock, Schedule, cohort_size
 from consilience.core.executor import Executor
 from consilience.core.federation import Federation
+from consilience.core.messages import Device, Refusal
 from consilience.core.method import Method
 from consilience.core.model import Architecture, Factory, SplitModel, Weights, check_factory
 from consilience.core.predict import Predictor
-from consilience.core.run import Refusal, Setup, Snapshot
 from consilience.core.run import run as run_loop
+from consilience.core.setup import Setup
 from consilience.core.site import Place
+from consilience.core.snapshot import Snapshot
 from consilience.core.states import States
 from consilience.core.streams import philox
 from consilience.core.units import parse_bytes
@@ -30,16 +32,20 @@ from consilience.execute.memory import keep_freed_memory
 from consilience.execute.processes import Processes, cores
 from consilience.execute.serial import Serial
 from consilience.execute.shared import Temporary
+from consilience.execute.stacked import Stacked
+from consilience.fleet.clock import Fleet, make_fleet
+from consilience.fleet.summary import describe
+from consilience.fleet.topology import summary
 from consilience.folder import RunFolder, digest_text
 from consilience.measure.metrics import Standard
-from consilience.schedule.rounds import Rounds
+from consilience.schedule import names as schedules
+from consilience.schedule.buffered import Buffered
 from consilience.wire.validate import Validation
 
 if TYPE_CHECKING:
     import pandas as pd
 
-SCHEDULES: dict[str, Callable[[], Schedule]] = {"rounds": Rounds}
-EXECUTORS = ("auto", "serial", "processes")
+EXECUTORS = ("auto", "serial", "processes", "stacked")
 
 
 class History(list[dict[str, Any]]):
@@ -55,7 +61,8 @@ class History(list[dict[str, Any]]):
 @dataclass
 class Result:
     """What a run gave. history: see the files of a run. clients: a row per judged client and judged round.
-    snapshot: the final state. refused: updates that were dropped. folder: where it was written, if it was."""
+    snapshot: the final state. refused: updates that were dropped. folder: where it was written, if it was.
+    timeline: a row per job: who, when, what the time went into and what became of it."""
 
     method: Method
     history: History
@@ -64,6 +71,7 @@ class Result:
     worker: Worker
     refused: list[tuple[int, Refusal]] = field(default_factory=list)
     folder: Path | None = None
+    timeline: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def server(self) -> Any:
@@ -104,8 +112,16 @@ def run(
     models: str | Sequence[Model] | None = None,
     rounds: int = 50,
     participation: float = 1.0,
+    fleet: str | Sequence[Device] = "uniform",
+    fleet_correlation: str = "0",
+    availability: str = "always",
+    drops: float = 0.0,
     schedule: str | Schedule | None = None,
+    concurrency: int | None = None,
+    over_selection: float = 1.0,
+    late: Literal["discard", "partial"] = "discard",
     topology: str = "complete",
+    mixing: str = "metropolis",
     eval_every: int = 1,
     eval_clients_every: int = 10,
     eval_clients: int | None = None,
@@ -126,17 +142,37 @@ def run(
     model: the server's, by name, factory or Architecture; models: of the clients ("lenet*0.5,mlp*0.5", or one per
     client), if not all have the server's. participation: a fraction (float, at most 1) or a count (int) of the
     clients per round. client_state_memory: bytes of clients' states to keep in memory, as a number or as in "500MB"
-    (None: all); those used least lately go to files, in ``out`` or among temporary files. clock: how long jobs take
-    in virtual time (no time at all). out: a folder to write; resume: go on from the folder's newest checkpoint.
-    config: what config.yaml shall say. on_line: called with each line of history. The rest as in the command line.
+    (None: all); those used least lately go to files, in ``out`` or among temporary files. fleet: of simulated
+    devices: a name, a csv file, a function, or a Device for each client. clock: how long jobs take in virtual time,
+    instead of a fleet. out: a folder to write; resume: go on from the folder's newest checkpoint. config: what
+    config.yaml shall say. on_line: called with each line of history. The rest as in the command line.
 
     Raises ConfigError, DataError or NeedsError before any work, ClientError if a client's own code fails.
     """
-    worker = prepare(method, federation, model=model, models=models, topology=topology, init=init, seed=seed)
+    worker = prepare(
+        method, federation, model=model, models=models, topology=topology, mixing=mixing, init=init, seed=seed
+    )
     _check_counts(rounds, participation, eval_every, eval_clients_every)
+    when = {
+        "fleet": fleet, "fleet_correlation": fleet_correlation, "availability": availability, "drops": drops,
+        "schedule": schedule, "concurrency": concurrency, "over_selection": over_selection, "late": late,
+    }  # fmt: skip
+    found, rule = timing(worker, participation=participation, clock=clock, **when)  # type: ignore[arg-type]
     path = None if out is None else Path(out)
     # what a checkpoint may be resumed with: everything that decides the bits, beside the data's fingerprint
-    identity = repr((method.name, method, seed, participation, list(worker.place.architectures), topology))
+    named = (
+        method.name,
+        method,
+        seed,
+        participation,
+        list(worker.place.architectures),
+        topology,
+        mixing,
+        executor == "stacked",
+    )
+    devices = fleet if clock is None else type(clock).__qualname__
+    combines = rule if schedule is None or isinstance(schedule, str) else type(rule).__qualname__
+    identity = repr((*named, devices, availability, drops, fleet_correlation, combines))
     budget = None if client_state_memory is None else parse_bytes(client_state_memory)
     recorder, snapshot, spent = _recorder(path, resume, {**(config or {}), "identity": identity}, federation, budget)
     states = recorder.states if recorder is not None else States(Temporary(), budget)
@@ -144,11 +180,11 @@ def run(
     setup = Setup(
         rounds=rounds,
         cohort=cohort_size(participation, federation.n_seen),
-        schedule=_schedule(schedule or method.schedule),
-        clock=clock or Instant(),
+        schedule=rule,
+        clock=found,
         measures=Standard(),
         recorder=keeper,
-        stages=(Validation(worker.place),),
+        stages=() if worker.check is None else (worker.check,),
         evaluation=Evaluation(eval_every, eval_clients_every, eval_clients, worker.place.chunk),
         checkpoint_every=checkpoint_every,
         elapsed=spent,
@@ -162,8 +198,11 @@ def run(
         finally:
             place.close()
     if recorder is not None:
-        recorder.finish(last)
-    return Result(method, History(keeper.lines), keeper.clients, last, worker, keeper.dropped, path)
+        about = describe(found, federation, last.time) if isinstance(found, Fleet) else {}
+        if worker.place.topology is not None:
+            about["topology"] = summary(topology, len(federation.seen), mixing, seed)
+        recorder.finish(last, about)
+    return Result(method, History(keeper.lines), keeper.clients, last, worker, keeper.dropped, path, keeper.timeline)
 
 
 def prepare(
@@ -173,6 +212,7 @@ def prepare(
     model: Model = "mlp",
     models: str | Sequence[Model] | None = None,
     topology: str = "complete",
+    mixing: str = "metropolis",
     init: Weights | None = None,
     seed: int = 0,
     chunk: int = 500,
@@ -185,13 +225,13 @@ def prepare(
     offered.check(method)
     if init is not None:
         _check_init(own, init)
-    mixing = None
+    weights_of = None
     if any(phase.over == "neighbours" for phase in method.program()):
         from consilience.fleet.topology import mixing as weights
 
         ids = [int(client) for client in federation.seen]
-        rows = weights(topology, len(ids))
-        mixing = {ids[i]: {ids[j]: w for j, w in row.items()} for i, row in rows.items()}
+        rows = weights(topology, len(ids), mixing, seed)
+        weights_of = {ids[i]: {ids[j]: w for j, w in row.items()} for i, row in rows.items()}
     place = Place(
         task=federation.task,
         method=method,
@@ -202,10 +242,11 @@ def prepare(
         chunk=chunk,
         public=federation.public,
         n_clients=federation.n_seen,
-        topology=mixing,
+        rows=sum(federation.size(int(client)) for client in federation.seen) if method.counts_rows else 0,
+        topology=weights_of,
         pooled=pooled(federation) if method.needs.pooled_data else None,
     )
-    return Worker(place, federation, method.program())
+    return Worker(place, federation, method.program(), Validation(place))
 
 
 @dataclass(frozen=True)
@@ -299,12 +340,42 @@ def _check_counts(rounds: int, participation: float, eval_every: int, eval_clien
         raise ConfigError("eval_every is at least 1 round, eval_clients_every at least 0 (0: only at the end)")
 
 
-def _schedule(schedule: str | Schedule) -> Schedule:
-    if not isinstance(schedule, str):
-        return schedule
-    if schedule not in SCHEDULES:
-        raise ConfigError(f"unknown schedule '{schedule}'{nearest(schedule, SCHEDULES)}")
-    return SCHEDULES[schedule]()
+def timing(
+    worker: Worker,
+    *,
+    participation: float,
+    clock: Clock | None = None,
+    fleet: str | Sequence[Device] = "uniform",
+    fleet_correlation: str = "0",
+    availability: str = "always",
+    drops: float = 0.0,
+    schedule: str | Schedule | None = None,
+    **options: Any,
+) -> tuple[Clock, Schedule]:
+    """The clock and the schedule of a run, checked. options: of :func:`consilience.schedule.names.make`."""
+    method, clients = worker.method, len(worker.federation.seen)
+    if clock is None:
+        clock = make_fleet(
+            worker.place, worker.federation, fleet=fleet, availability=availability, correlation=fleet_correlation,
+            drops=drops,
+        )  # fmt: skip
+    if schedule is not None and not isinstance(schedule, str):
+        return clock, schedule
+    name = schedule or method.default_schedule()
+    if schedule is None and name.partition(":")[0] not in ("buffered", "interval", "async"):
+        options["concurrency"] = None  # a shared setting for those methods that it concerns
+    if schedule is None and name.partition(":")[0] != "deadline":
+        options.update(over_selection=1.0, late="discard")
+    made = schedules.make(name, **options)
+    chains = [p for p in method.program() if p.over != "client" and p.when not in ("start", "end")]
+    if len(chains) > 1 and name.partition(":")[0] not in schedules.SYNCHRONOUS:
+        raise ConfigError(
+            f"{method.name} has {len(chains)} phases that wait for each other; it runs with --schedule "
+            f"{' or '.join(schedules.SYNCHRONOUS)}, not {name}"
+        )
+    if isinstance(made, Buffered) and made.buffer > clients:
+        raise ConfigError(f"--schedule {name}: a buffer of {made.buffer} never fills with {clients} clients that train")
+    return clock, made
 
 
 def make_executor(name: str, worker: Worker, workers: int | None) -> Executor:
@@ -316,7 +387,7 @@ def make_executor(name: str, worker: Worker, workers: int | None) -> Executor:
         raise ConfigError(f"workers={count}: at least 1")
     if name == "serial" or (name == "auto" and count == 1):
         return Serial(worker)
-    return Processes(worker, count)
+    return (Stacked if name == "stacked" else Processes)(worker, count)
 
 
 @contextlib.contextmanager
@@ -339,6 +410,7 @@ class _Keeper:
         self._folder, self._states, self._on_line = folder, states, on_line
         self.lines = folder.lines if folder is not None else []
         self.clients = folder.clients if folder is not None else []
+        self.timeline = folder.timeline if folder is not None else []
         self.dropped: list[tuple[int, Refusal]] = [
             (line["round"], Refusal(line["client"], line["field"], line["reason"]))
             for line in (folder.refused_lines if folder is not None else [])
@@ -359,6 +431,13 @@ class _Keeper:
         self.dropped.extend((version, refusal) for refusal in refusals)
         if self._folder is not None:
             self._folder.refused(version, refusals)
+
+    def jobs(self, records: Sequence[dict[str, Any]]) -> None:
+        """Jobs ended."""
+        if self._folder is not None:
+            self._folder.jobs(records)
+        else:
+            self.timeline.extend(records)
 
     def checkpoint(self, snapshot: Snapshot) -> None:
         """A good moment to save."""

@@ -34,10 +34,11 @@ from consilience.core.encode import decode, encode
 from consilience.core.errors import CheckpointError, ClientError, ConfigError
 from consilience.core.evaluate import Evaluation
 from consilience.core.events import Instant
-from consilience.core.messages import Broadcast, DeltaUpdate, Job, ModelUpdate
+from consilience.core.messages import Broadcast, DeltaUpdate, Job, ModelUpdate, Refusal
 from consilience.core.method import Method
-from consilience.core.run import Refusal, Setup, Snapshot
 from consilience.core.run import run as run_loop
+from consilience.core.setup import Setup
+from consilience.core.snapshot import Snapshot
 from consilience.core.worker import Call, Worker
 from consilience.execute.serial import Serial
 from consilience.folder import digest_text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +13,9 @@ from consilience.core import tree as tr
 from consilience.core.events import cohort_size, draw_cohort
 from consilience.core.reduce import (
     BLOCK,
-    accumulate,
-    block_sum,
+    add_term,
     sample_weights,
+    sum_blocks,
     uniform_weights,
     weighted_sum,
 )
@@ -84,12 +85,13 @@ def test_blocks_reduced_elsewhere_give_the_same_bits(n: int) -> None:
     rng = np.random.default_rng(0)
     trees = [{"x": torch.from_numpy(rng.standard_normal(37).astype("f4")), "s": float(rng.normal())} for _ in range(n)]
     weights = sample_weights([int(k) for k in rng.integers(1, 99, n)])
-    parts = [block_sum(trees[i : i + 16], weights[i : i + 16]) for i in range(0, n, 16)]
-    total = parts[0]
-    for part in parts[1:]:
-        total = accumulate(total, part, 1.0)
+    parts: list[Any] = []
+    for i in range(n):
+        if i % 16 == 0:
+            parts.append(None)
+        parts[-1] = add_term(parts[-1], trees[i], weights[i])
     found = weighted_sum(trees, weights)
-    assert tr.digest(found) == tr.digest(total)
+    assert tr.digest(found) == tr.digest(sum_blocks(parts))
     naive = sum(w * t["x"].double() for w, t in zip(weights, trees, strict=True))
     torch.testing.assert_close(found["x"].double(), naive, rtol=1e-5, atol=1e-6)
 

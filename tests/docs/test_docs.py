@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from consilience import experiment, methods
-from consilience.config import TRAINING, Config, Settings, settle
+from consilience.config import COMPARE_KEYS, TRAINING, Config, Settings, settle
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")]
@@ -34,7 +34,7 @@ def ids(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/quickstart.md", "docs/data.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/quickstart.md", "docs/data.md", "docs/heterogeneity.md"])
 def test_python_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = blocks(ROOT / name, "python")
     assert found
@@ -136,7 +136,7 @@ def test_commands_are_right(command: str) -> None:
     assert hasattr(known, "commands")
     _, name, *rest = shlex.split(command, comments=True)
     assert name in known.commands
-    if name not in ("run", "compare", "plan"):
+    if name not in ("run", "compare", "profile", "plan"):
         return
     options: dict[str, str] = {}
     names = []
@@ -147,8 +147,14 @@ def test_commands_are_right(command: str) -> None:
         else:
             names.append(word)
     options.pop("config", None)
-    own = {key: options.pop(key) for key in list(options) if key not in {*Config.model_fields, *TRAINING, "reference"}}
+    own = {
+        key: options.pop(key)
+        for key in list(options)
+        if key not in {*Config.model_fields, *TRAINING, *COMPARE_KEYS, "federation"}
+    }
     assert name == "run" or not own
+    if "federation" in options:
+        options["federations"] = [options.pop("federation")]  # type: ignore[assignment]
     settings = settle(options)
     for text in names:
         assert methods.get(text.partition(":")[0]).options().keys() >= own.keys()
@@ -205,6 +211,14 @@ def test_every_file_and_key_is_described(tmp_path: Path) -> None:
         else:
             continue
         assert found <= told, f"{path.name}: docs/files.md does not tell {sorted(found - told)}"
+
+
+def test_every_key_of_a_profile_is_described(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "files.md").read_text("utf-8")
+    told = set(re.findall(r"`(\w+)`", text))
+    found = experiment.profile(settle({"clients": "3", "partition": "shards:4"}).config, tmp_path / "p", command="x")
+    inner = [found["clients"][0], found["identities"][0], *found["suggestions"][:1]]
+    assert set().union(*map(keys, [found, *inner])) <= told
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids)

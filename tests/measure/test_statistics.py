@@ -192,6 +192,14 @@ def test_a_run_that_diverged_has_no_score_and_comes_last() -> None:
     assert [(r["method"], r["loss"], r["seeds"]) for r in rows] == [("b", 0.2, 1), ("a", None, 0)]
 
 
+def test_a_pair_that_could_not_be_tested_is_not_called_different() -> None:
+    scores = {"a": {0: 0.9, 1: 0.8, 2: 0.85}, "b": {0: 0.88, 1: 0.81, 2: 0.84}, "c": {0: 0.7}}
+    found = compare_scores(scores)
+    assert math.isnan(found.p["a", "c"])
+    assert not found.differs("a", "c")
+    assert found.cliques == [["a", "b", "c"]]
+
+
 def test_an_interval_of_shares_ends_where_shares_do() -> None:
     values = [0.99, 0.9, 1.0]
     low, high = t_interval(values)

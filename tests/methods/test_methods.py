@@ -34,7 +34,7 @@ from consilience.core.messages import Broadcast, DeltaUpdate, ModelUpdate
 from consilience.core.method import Method, ServerState
 from consilience.core.model import Architecture, Weights
 from consilience.core.reduce import weighted_sum
-from consilience.core.run import Snapshot
+from consilience.core.snapshot import Snapshot
 from consilience.core.streams import Streams
 from consilience.core.worker import Worker
 from consilience.methods.centralised import Centralised

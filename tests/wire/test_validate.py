@@ -9,10 +9,9 @@ import torch
 from helpers import NORMED, federation, loop, reply, worker
 
 from consilience.core import tree as tr
-from consilience.core.messages import DeltaUpdate, Kind, ModelUpdate, kinds
+from consilience.core.messages import DeltaUpdate, Kind, ModelUpdate, Refusal, kinds
 from consilience.core.model import Weights
 from consilience.core.reduce import weighted_sum
-from consilience.core.run import Refusal
 from consilience.methods.fedavg import FedAvg
 from consilience.methods.scaffold import Scaffold, Up
 from consilience.wire.validate import Validation

@@ -20,12 +20,18 @@ from consilience.core.worker import Call, test_ranges
 class Measures(Protocol):
     """What numbers are made of scores. Given to the loop, since it knows no concrete measure."""
 
-    def of_global(self, task: Task, scores: Tensor, y: Tensor, loss: float, full: bool) -> dict[str, float]:
-        """Measures of the global model; ``full`` asks for the costly ones as well."""
+    def of_global(
+        self, task: Task, scores: Tensor, y: Tensor, loss: float, full: bool, sensitive: Tensor | None = None
+    ) -> dict[str, Any]:
+        """Measures of the global model; ``full`` asks for the costly ones as well, ``sensitive`` for groups."""
         ...
 
     def across(self, values: Sequence[float], *, higher_is_better: bool) -> dict[str, float]:
         """A summary over clients."""
+        ...
+
+    def between_groups(self, task: Task, counts: Sequence[Sequence[Tensor]]) -> dict[str, Any]:
+        """By sensitive attribute, what clients' counts ``(group, label, prediction)`` say; a client an item."""
         ...
 
 
@@ -49,7 +55,7 @@ class Line:
 
     record: dict[str, Any]
     chunks: Sequence[int]
-    judged: Sequence[tuple[Job, int]]
+    judged: Sequence[tuple[Job, int | None]]
     pairs: Mapping[int, tuple[Score, Score]]
     full: bool
     last: bool
@@ -98,11 +104,13 @@ class Judge:
             ranges = test_ranges(self.federation, self.evaluation.chunk)
             chunks = [self.executor.begin(Call("chunk", rows, predictor, rows[1] - rows[0])) for rows in ranges]
         last = version == self.rounds
-        judged: list[tuple[Job, int]] = []
+        judged: list[tuple[Job, int | None]] = []
         for client in self.clients() if full else []:
-            asked = job(client)
-            train = last and client not in self.federation.unseen
-            judged.append((asked, self.executor.judge(asked, message(client), train=train)))
+            asked, ticket = job(client), None
+            if len(self.federation.data(client).test):  # without test rows there is nothing to judge by
+                train = last and client not in self.federation.unseen
+                ticket = self.executor.judge(asked, message(client), train=train)
+            judged.append((asked, ticket))
         return Line(record, chunks, judged, pairs if full else {}, full, last)
 
     def finish(self, line: Line) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -113,8 +121,12 @@ class Judge:
             parts = self.executor.finish(line.chunks)
             scores = torch.cat([part.scores for part in parts])
             loss = sum(part.loss for part in parts) / len(test)
-            record["global"] = self.measures.of_global(self.federation.task, scores, test.y, loss, line.full)
-        found = self.executor.finish([ticket for _, ticket in line.judged])
+            record["global"] = self.measures.of_global(
+                self.federation.task, scores, test.y, loss, line.full, test.sensitive
+            )
+        done = iter(self.executor.finish([ticket for _, ticket in line.judged if ticket is not None]))
+        nothing = Score(0, 0.0, None), None
+        found = [nothing if ticket is None else next(done) for _, ticket in line.judged]
         rows = [
             self._row(record["round"], job.client, *pair) for (job, _), pair in zip(line.judged, found, strict=True)
         ]
@@ -122,6 +134,10 @@ class Judge:
             if not line.last and row["client"] in line.pairs:
                 row["before"], row["after"] = map(_value, line.pairs[row["client"]])
         self._summaries(record, rows, line)
+        judged = [(job.client, score.groups) for (job, _), (score, _) in zip(line.judged, found, strict=True)]
+        counts = [groups for client, groups in judged if groups is not None and client not in self.federation.unseen]
+        if counts:
+            record["clients"]["groups"] = self.measures.between_groups(self.federation.task, counts)
         return record, rows
 
     def clients(self) -> list[int]:
@@ -140,6 +156,9 @@ class Judge:
         row.update(n=score.n, loss=score.loss, train=self.federation.size(client))
         if score.accuracy is not None:
             row["accuracy"] = score.accuracy
+        if score.groups is not None:
+            names = self.federation.task.sensitive
+            row["groups"] = {name: counts.tolist() for name, counts in zip(names, score.groups, strict=True)}
         if after is not None:
             row["before"], row["after"] = _value(score), _value(after)
         return row

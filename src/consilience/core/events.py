@@ -7,41 +7,53 @@ tree that the loop keeps and writes into checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from consilience.core.messages import Reply
-from consilience.core.tree import Tree
+from consilience.core.messages import Device, Job, Reply, Trip
+from consilience.core.tree import Tree, record
 
 
+@record
 class Event(NamedTuple):
-    """Something that happened now. "ready": the server may dispatch; "arrival": ``job`` has replied; "timer":
-    a timer set for now rang; "online": ``client`` can be reached again."""
+    """Something that happened now, or since the schedule was last asked.
 
-    kind: Literal["ready", "arrival", "timer", "online"]
+    "ready": the server may dispatch. "start": ``job`` was dispatched. "arrival": it has replied. "lost": its
+    client dropped out. "timer": a timer set for now rang. "online": ``client`` can be reached again.
+    """
+
+    kind: Literal["ready", "start", "arrival", "lost", "timer", "online"]
     job: int = -1
     client: int = -1
 
 
 class Start(NamedTuple):
-    """A job to dispatch: to whom, and with how many local steps (None: the method's own)."""
+    """A job to dispatch: to whom, and with how many local steps (None: the method's own).
+
+    within: the client does only as many of its steps as its device can in so many virtual seconds, transfers
+    included (an upload is taken to be as large as the download), but at least one.
+    """
 
     client: int
     steps: int | None = None
     slot: int = 0
+    within: float | None = None
 
 
 class Decision(NamedTuple):
     """What to do now. admit: groups of job ids, each combined into one server update, in turn. refuse: job ids
-    whose replies are dropped. start: jobs to dispatch after that. timers: virtual times at which to be asked."""
+    whose replies are dropped. cancel: job ids in flight that nobody waits for any more. start: jobs to dispatch
+    after that. timers: virtual times at which to be asked. watch: whether to be asked when clients come online."""
 
     state: Tree
     admit: Sequence[Sequence[int]] = ()
     refuse: Sequence[int] = ()
     start: Sequence[Start] = ()
     timers: Sequence[float] = ()
+    cancel: Sequence[int] = ()
+    watch: bool = False
 
 
 class View(NamedTuple):
@@ -49,7 +61,9 @@ class View(NamedTuple):
 
     time: virtual seconds. version: server updates made. clients: ids that may train. busy: clients with a job
     not yet arrived or not yet decided on. in_flight: job ids not yet arrived. arrived: replies not yet decided
-    on, by arrival. cohort: how many clients a round asks for. draw: see :func:`draw_cohort`.
+    on, by arrival. cohort: how many clients a round asks for. draw: a number of clients that are online and not
+    busy, as :func:`draw_cohort` does, of all or among those given. running: the jobs in flight by id.
+    expect: virtual seconds that a job of a client would take with its usual steps, or with so many.
     """
 
     time: float
@@ -59,7 +73,9 @@ class View(NamedTuple):
     in_flight: frozenset[int]
     arrived: Sequence[Reply]
     cohort: int
-    draw: Callable[[int], list[int]]
+    draw: Callable[..., list[int]]
+    running: Mapping[int, Job] = {}
+    expect: Callable[..., float] = lambda client, steps=None: 0.0
 
 
 class Schedule(Protocol):
@@ -75,19 +91,47 @@ class Schedule(Protocol):
 
 
 class Clock(Protocol):
-    """How long a job takes on a client's device and links, in virtual seconds."""
+    """How long jobs take on clients' devices and links, and when clients can be reached, in virtual seconds.
 
-    def seconds(self, client: int, *, down: int, up: int, samples: int, steps: int) -> float:
-        """From dispatch to arrival, for bytes down and up and the work counted."""
+    All answers are functions of the arguments alone, so that the same seed gives the same timeline.
+    """
+
+    def trip(self, job: Job, start: float, *, down: int, up: int, samples: int, steps: int) -> Trip:
+        """A job's way when it is dispatched at ``start``, for bytes down and up and the work counted. More bytes
+        or work never make it shorter."""
+        ...
+
+    def online(self, clients: np.ndarray, time: float, version: int) -> np.ndarray:
+        """Which of these clients can be asked now, as booleans."""
+        ...
+
+    def returns(self, client: int, time: float, version: int) -> float:
+        """The next time, ``time`` at the earliest, at which a client can be asked; inf if never."""
+        ...
+
+    def device(self, client: int) -> Device | None:
+        """A client's device, if it is simulated."""
         ...
 
 
 class Instant:
-    """Identical devices in the zero-delay limit: everything arrives at once."""
+    """Identical devices in the zero-delay limit: everything arrives at once, and everybody is there."""
 
-    def seconds(self, client: int, *, down: int, up: int, samples: int, steps: int) -> float:
+    def trip(self, job: Job, start: float, *, down: int, up: int, samples: int, steps: int) -> Trip:
         """0."""
-        return 0.0
+        return Trip()
+
+    def online(self, clients: np.ndarray, time: float, version: int) -> np.ndarray:
+        """All."""
+        return np.ones(len(clients), dtype=bool)
+
+    def returns(self, client: int, time: float, version: int) -> float:
+        """Now."""
+        return time
+
+    def device(self, client: int) -> Device | None:
+        """None."""
+        return None
 
 
 def draw_cohort(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from consilience.core.messages import Job, Work
+from consilience.core.reduce import BLOCK, sum_blocks
 from consilience.core.states import States, Stored
 from consilience.core.tree import Tree
-from consilience.core.worker import Call, Worker
+from consilience.core.worker import Block, Call, Worker
 
 
 class Executor(ABC):
@@ -23,6 +25,11 @@ class Executor(ABC):
         self._states = States()
         self._pending: dict[int, Tree] = {}
         """New state by job id."""
+        self._cohorts: dict[int, _Cohort] = {}
+        """Of jobs whose updates are added up where they run, by job id."""
+
+    pays_from = 0
+    """How many jobs at once are worth giving out in blocks, so that updates stay where they were made; 0: never."""
 
     def keep(self, states: States) -> None:
         """Keep client states there from now on; before anything runs."""
@@ -49,11 +56,46 @@ class Executor(ABC):
         cost = 3.0 * self.worker.federation.size(job.client)  # a backward pass costs about two forward passes
         return self.begin(Call("train", (job, state), message, cost))
 
-    def collect(self, jobs: Sequence[Job], tickets: Sequence[int]) -> Iterator[Work]:
+    def submit_all(
+        self, jobs: Sequence[Job], message: Tree, weights: Mapping[str, Sequence[float]] | None
+    ) -> list[int]:
+        """Queue the work of jobs that begin together, sorted by client. weights: of each field of their updates, if
+        all that is wanted of them are the sums: :meth:`sums` has them then, and the works bring none."""
+        if weights is None or not self.pays_from or len(jobs) < self.pays_from:
+            return [self.submit(job, message) for job in jobs]
+        cohort = _Cohort(list(jobs), message, [])
+        for start in range(0, len(jobs), BLOCK):
+            some = jobs[start : start + BLOCK]
+            states = tuple(self._states.get(job.client) for job in some)
+            mine = {name: list(of[start : start + BLOCK]) for name, of in weights.items()}
+            cost = 3.0 * sum(self.worker.federation.size(job.client) for job in some)
+            cohort.tickets.append(self.begin(Call("block", (tuple(some), states, mine), message, cost)))
+        self._cohorts.update((job.id, cohort) for job in jobs)
+        return [cohort.tickets[i // BLOCK] for i in range(len(jobs))]
+
+    def sums(self, jobs: Sequence[Job]) -> dict[str, Tree] | None:
+        """The weighted sums of each field of the updates of these jobs, if exactly they were submitted together in
+        blocks and every update is right. To be asked once."""
+        cohort = self._cohorts.get(jobs[0].id) if jobs else None
+        if cohort is None or [job.id for job in cohort.jobs] != [job.id for job in jobs]:
+            return None
+        parts = [cohort.blocks[ticket].sums for ticket in cohort.tickets]
+        if any(part is None for part in parts):
+            return None
+        return {name: sum_blocks([part[name] for part in parts if part is not None]) for name in parts[0] or ()}
+
+    def redo(self, job: Job) -> Work:
+        """The work of a job that was done in a block, once more, with its update."""
+        cohort = self._cohorts[job.id]
+        return next(self.collect([job], [self.submit(job, cohort.message)], again=True))
+
+    def collect(self, jobs: Sequence[Job], tickets: Sequence[int], again: bool = False) -> Iterator[Work]:
         """What these jobs did, one by one: what is asked for waits, the others go on. Their new states are pending
-        from then on."""
+        from then on. again: by themselves, though they had been done in a block."""
         for job, ticket in zip(jobs, tickets, strict=True):
-            work, self._pending[job.id] = self.finish([ticket])[0]
+            cohort = None if again else self._cohorts.get(job.id)
+            done = self.finish([ticket])[0] if cohort is None else cohort.take(job, ticket, self)
+            work, self._pending[job.id] = done
             yield work
 
     def exchange(self, jobs: Sequence[Job]) -> dict[int, Tree]:
@@ -81,6 +123,8 @@ class Executor(ABC):
                 self._states.put(job.client, state)
         for job in refused:
             self._pending.pop(job.id, None)
+        for job in (*admitted, *refused):
+            self._cohorts.pop(job.id, None)
 
     def states(self) -> Mapping[int, Tree]:
         """Committed client states by client id; clients that have none are absent. Once some are on file, this is
@@ -99,8 +143,35 @@ class Executor(ABC):
                 self._states.put(client, state)
 
 
+@dataclass
+class _Cohort:
+    """Jobs that were submitted together in blocks, what was sent to them, and what has come back, by ticket."""
+
+    jobs: list[Job]
+    message: Tree
+    tickets: list[int]
+    blocks: dict[int, Block] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._place = {job.id: i % BLOCK for i, job in enumerate(self.jobs)}
+
+    def take(self, job: Job, ticket: int, executor: Executor) -> tuple[Work, Tree]:
+        """What a job did."""
+        if ticket not in self.blocks:
+            self.blocks[ticket] = executor.finish([ticket])[0]
+        done = self.blocks[ticket].done[self._place[job.id]]
+        return done[0], done[1]
+
+
 def ready(call: Call) -> Call:
     """The call with the states that are on file read into its arguments. Raises CheckpointError."""
-    if not any(isinstance(arg, Stored) for arg in call.args):
-        return call
-    return call._replace(args=tuple(arg.tree() if isinstance(arg, Stored) else arg for arg in call.args))
+    return call._replace(args=tuple(_read(arg) for arg in call.args))
+
+
+def _read(arg: Tree) -> Tree:
+    """A state, or the states of several clients, in memory."""
+    if isinstance(arg, Stored):
+        return arg.tree()
+    if type(arg) is tuple and any(isinstance(state, Stored) for state in arg):
+        return tuple(_read(state) for state in arg)
+    return arg

@@ -40,6 +40,9 @@ SGD's weight decay is added after that."""
 Step = Callable[[Params, Grad, Batch, Tree], tuple[Params, Tree]]
 """``step(params, grad, batch, carry)`` -> (direction, carry). The direction points uphill, as a gradient does."""
 
+Together = Callable[[Any], Any]
+"""Asks for a gradient (:class:`~consilience.core.stack.Wanted`) that is computed together with those of others."""
+
 
 @dataclass
 class Fit:
@@ -86,6 +89,14 @@ class Plan:
 def n_steps(n: int, batch_size: int, epochs: int, steps: int | None) -> int:
     """Local steps for ``n`` rows: ``steps`` if given, else whole epochs with a partial last batch."""
     return steps if steps is not None else epochs * math.ceil(n / batch_size)
+
+
+def fit_samples(n: int, batch_size: int, steps: int) -> int:
+    """Rows in the first ``steps`` batches of :func:`shuffled` epochs over ``n`` rows."""
+    if not n:
+        return 0
+    epochs, rest = divmod(steps, math.ceil(n / batch_size))
+    return epochs * n + min(rest * batch_size, n)
 
 
 def shuffled(rng: np.random.Generator, n: int, batch_size: int) -> Iterator[Tensor]:
@@ -167,6 +178,8 @@ class _Gradient:
         self, models: _Models, loss: Loss, operator: Any, clip: float | None, decay: float, total: bool
     ) -> None:
         self.models, self.loss, self.operator = models, loss, operator
+        self.ask: Callable[[Batch], tuple[list[Tensor], float] | None] | None = None
+        """Where the gradient can be had in company: at the live parameters of a stacked fit."""
         self.clip, self.decay = clip, decay
         self.sums = [torch.zeros_like(p) for p in models.leaves] if total else None
         self.batch: Batch | None = None
@@ -184,9 +197,8 @@ class _Gradient:
         if elsewhere:
             assert params is not None
             models.point(params)
-        torch.default_generator.manual_seed(self.seed)
         try:
-            gradients = self._backward(batch)
+            gradients = self._backward(batch, elsewhere)
             if self.sums is not None and not self.calls:
                 torch._foreach_add_(self.sums, gradients)
             if self.clip is not None:
@@ -202,16 +214,21 @@ class _Gradient:
         self.rows += len(batch.x)
         return dict(zip(models.names, gradients, strict=True))
 
-    def _backward(self, batch: Any) -> list[Tensor]:
+    def _backward(self, batch: Batch, elsewhere: bool) -> list[Tensor]:
         leaves = self.models.leaves
+        found = None if self.ask is None or elsewhere else self.ask(batch)
+        if found is not None:
+            self.value = self.value if self.calls else found[1]
+            return found[0]
+        torch.default_generator.manual_seed(self.seed)
         if self.operator is not None:
             field_ = self.operator(self.models.modules, batch)
             return [field_[name].detach().clone() for name in self.models.names]
         value = self.loss(self.models.modules, batch)
-        found = torch.autograd.grad(value, leaves, allow_unused=True)
+        parts = torch.autograd.grad(value, leaves, allow_unused=True)
         if not self.calls:
             self.value = float(value.detach())
-        return _apart([torch.zeros_like(p) if g is None else g for g, p in zip(found, leaves, strict=True)])
+        return _apart([torch.zeros_like(p) if g is None else g for g, p in zip(parts, leaves, strict=True)])
 
 
 def _apart(gradients: list[Tensor]) -> list[Tensor]:
@@ -239,6 +256,8 @@ def training(site: Site, weights: Any, plan: Plan) -> Generator[float, None, Fit
     decay = method.weight_decay
     loss = plan.loss or _task_loss(site, plan.sample_weight)
     grad = _Gradient(models, loss, operator, method.clip, decay if name == "sgd" else 0.0, plan.sum_gradients)
+    if site.together is not None and plan.loss is None and operator is None and models.single:
+        grad.ask = _company(site, models, plan.sample_weight)
     rate = plan.lr if plan.lr is not None else method.rate(site.job.version)
     rates = rate if callable(rate) else lambda _: rate
     optimizer = optim.make(name, models.leaves, rates(0), method.momentum, decay)
@@ -266,6 +285,23 @@ def training(site: Site, weights: Any, plan: Plan) -> Generator[float, None, Fit
     result.grad_sum = dict(zip(models.names, grad.sums, strict=True)) if grad.sums is not None else {}
     result.weights = models.read()
     return result
+
+
+def _company(
+    site: Site, models: _Models, weights: Tensor | None
+) -> Callable[[Batch], tuple[list[Tensor], float] | None]:
+    """How a client of a stack asks for the gradient of the task's loss."""
+    from consilience.core.stack import Wanted
+
+    ask, instance = site.together, models.instances[""]
+    assert ask is not None
+
+    def wait(batch: Batch) -> tuple[list[Tensor], float] | None:
+        rows = None if weights is None else weights[batch.rows]
+        answer: tuple[list[Tensor], float] | None = ask(Wanted(site.task, instance, models.names, batch, rows))
+        return answer
+
+    return wait
 
 
 def _plain(params: Params, grad: Grad, batch: Batch, carry: Tree) -> tuple[Params, Tree]:

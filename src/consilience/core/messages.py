@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import enum
-from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
+from collections.abc import Sequence
+from typing import Annotated, Any, NamedTuple, Protocol, get_args, get_type_hints
+
+from torch import Tensor
 
 from consilience.core.model import Params, Weights
 from consilience.core.tree import Tree, record
@@ -94,22 +97,83 @@ class Job(NamedTuple):
         return self.version + 1
 
 
+@record
+class Device(NamedTuple):
+    """A client's device and link.
+
+    speed: FLOP a second, in training. down, up: bytes a second. latency: seconds, one way. memory: bytes, 0 where
+    unknown. watts: power while it works, None where unknown. rate: samples a second, which then wins over speed.
+    """
+
+    speed: float
+    down: float
+    up: float
+    latency: float = 0.0
+    memory: float = 0.0
+    watts: float | None = None
+    rate: float | None = None
+
+
+@record
+class Trip(NamedTuple):
+    """A job's way in virtual seconds: until the client can be reached, down, computing, up.
+
+    lost: seconds after the dispatch at which the client drops out; None if it does not.
+    """
+
+    wait: float = 0.0
+    download: float = 0.0
+    compute: float = 0.0
+    upload: float = 0.0
+    lost: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """From dispatch to arrival, or to the loss."""
+        whole = self.wait + self.download + self.compute + self.upload
+        return whole if self.lost is None else self.lost
+
+    @property
+    def uploaded(self) -> float:
+        """The share of the upload that was done."""
+        return 1.0 if self.lost is None else _share(self.lost - self.wait - self.download - self.compute, self.upload)
+
+    @property
+    def computed(self) -> float:
+        """The share of the computation that was done."""
+        return 1.0 if self.lost is None else _share(self.lost - self.wait - self.download, self.compute)
+
+    def __add__(self, other: Trip) -> Trip:  # type: ignore[override]
+        """This trip and then another, by parts."""
+        wait, download, compute, upload = (a + b for a, b in zip(self[:4], other[:4], strict=True))
+        return Trip(wait, download, compute, upload, None if other.lost is None else self.seconds + other.lost)
+
+
+def _share(done: float, of: float) -> float:
+    return min(1.0, max(0.0, done / of)) if of > 0 else float(done >= 0)
+
+
 class ClientInfo(NamedTuple):
-    """What the server knows of a client when it builds a broadcast."""
+    """What the server knows of a client when it builds a broadcast. device: None where devices are not simulated."""
 
     id: int
     samples: int
     model: str
     slot: int = 0
+    device: Device | None = None
 
 
 @record
 class Score(NamedTuple):
-    """How a predictor does on one split of one client: rows, mean loss, share right (None for regression)."""
+    """How a predictor does on one split of one client: rows, mean loss, share right (None for regression).
+
+    groups: for each sensitive attribute, int64 counts ``(group, label, prediction)``; None without attributes.
+    """
 
     n: int
     loss: float
     accuracy: float | None
+    groups: tuple[Tensor, ...] | None = None
 
 
 @record
@@ -129,7 +193,9 @@ class Reply(NamedTuple):
     """An update as the server gets it.
 
     samples: the client's registered training rows (its weight). trained, steps: samples and steps computed.
-    staleness: server updates made since the broadcast. seconds: virtual, from dispatch to arrival.
+    staleness: server updates made since the broadcast. since: virtual time of the dispatch. seconds: from there to
+    the arrival. trip: what they were spent on (the sum over a chain's phases). rings: timers of the schedule that
+    rang since the dispatch, one at the time of combining included.
     """
 
     job: Job
@@ -142,6 +208,16 @@ class Reply(NamedTuple):
     loss: float
     before: Score | None = None
     after: Score | None = None
+    since: float = 0.0
+    trip: Trip = Trip()
+    rings: int = 0
+
+
+@record
+class Summed(NamedTuple):
+    """In the place of an update that was added up where its client ran, and stayed there. bytes: as encoded."""
+
+    bytes: int
 
 
 @record
@@ -151,3 +227,19 @@ class Inbox(NamedTuple):
 
     messages: dict[int, Tree]
     weights: dict[int, float]
+
+
+class Refusal(NamedTuple):
+    """Why one client's update was not combined."""
+
+    client: int
+    field: str
+    reason: str
+
+
+class Stage(Protocol):
+    """A step between collecting and combining: attack, validation, privacy; in that order."""
+
+    def __call__(self, replies: Sequence[Reply], server: Tree) -> tuple[Sequence[Reply], Sequence[Refusal]]:
+        """The replies to go on with, and the ones dropped with reasons."""
+        ...

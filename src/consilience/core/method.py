@@ -18,8 +18,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from consilience.core import optim
 from consilience.core import tree as tr
 from consilience.core.errors import ConfigError, nearest
-from consilience.core.fit import Fit, Plan
-from consilience.core.messages import Broadcast, ClientInfo, DeltaUpdate, Inbox, ModelUpdate, Reply
+from consilience.core.fit import Fit, Plan, fit_samples, n_steps
+from consilience.core.messages import Broadcast, ClientInfo, DeltaUpdate, Inbox, ModelUpdate, Reply, kinds
 from consilience.core.model import Weights
 from consilience.core.predict import Net, Predictor
 from consilience.core.reduce import sample_weights, uniform_weights, weighted_sum
@@ -97,6 +97,10 @@ class Method(Training):
     schedule: ClassVar[str] = "rounds"
     trains_on_server: ClassVar[bool] = False
     """Whether ``aggregate`` trains, so that it should run where client work runs."""
+    counts_rows: ClassVar[bool] = False
+    """Whether ``host.rows`` is wanted: all clients' training rows together, which takes asking each of them."""
+    unstacked: ClassVar[str] = ""
+    """Why clients that run in step cannot have their gradients computed together, if they cannot."""
 
     def __post_init__(self) -> None:
         for key, adapter in _validators(type(self)).items():  # type: ignore[arg-type]
@@ -133,6 +137,28 @@ class Method(Training):
         """The phases of a round."""
         return (Phase("train"),)
 
+    def default_schedule(self) -> str:
+        """The schedule to run with if none is asked for, as ``--schedule`` takes it."""
+        return self.schedule
+
+    def steps_of(self, rows: int, steps: int | None = None) -> int:
+        """Local steps of one training with this method's settings on ``rows`` rows; ``steps``: a job's own."""
+        return n_steps(rows, self.batch_size, self.local_epochs, self.local_steps if steps is None else steps)
+
+    def least_samples(self, phase: Phase, rows: int, steps: int | None) -> int:
+        """Samples that a client with ``rows`` training rows certainly computes in this phase; 0 promises nothing.
+
+        Asynchronous runs use it to know how long no reply can come, so that they compute many jobs at once. A
+        method with its own ``client_update`` that trains once at least may return :meth:`one_fit`.
+        """
+        if type(self).client_update is not Method.client_update or phase.over == "neighbours":
+            return 0
+        return self.one_fit(rows, steps)
+
+    def one_fit(self, rows: int, steps: int | None) -> int:
+        """Samples of one training with this method's settings."""
+        return fit_samples(rows, self.batch_size, self.steps_of(rows, steps))
+
     # --- the server's half -------------------------------------------------------------------------------------
 
     def init_server(self, host: Host) -> Tree:
@@ -164,6 +190,18 @@ class Method(Training):
         if self.weights == "uniform":
             return uniform_weights(len(replies))
         return sample_weights([reply.samples for reply in replies])
+
+    def sums(self, asked: Sequence[Reply]) -> dict[str, Sequence[float]] | None:
+        """The weights w_i of each field of the updates, if ``aggregate`` wants no more of them than the sums
+        sum_i w_i u_i: it may then get one reply that holds these, and updates need not leave the place where they are
+        made. Weights from what is known when clients are asked: their ids and ``samples``. None: every update is
+        wanted. Counts for the class that says so and what it inherits, not for a class that aggregates otherwise."""
+        return None
+
+    def means(self, asked: Sequence[Reply]) -> dict[str, Sequence[float]] | None:
+        """:meth:`sums` of a method that wants the means with weights :meth:`shares`."""
+        made = self.sends()
+        return None if made is None else dict.fromkeys(kinds(made), self.shares(asked))
 
     def combine(self, model: Weights, replies: Sequence[Reply]) -> Weights:
         """The weighted mean of what clients sent, in the method's form."""
@@ -243,6 +281,18 @@ class Method(Training):
         if isinstance(update, DeltaUpdate):
             return Net(Weights(tr.add(message.model.params, update.delta), update.buffers), site.model)
         return self.personal_model(site, message, state)
+
+
+def sums_suffice(method: Method) -> bool:
+    """Whether what a method says in ``sums`` holds for how it aggregates: no class below the one that says it may have
+    changed that."""
+    order = type(method).__mro__
+
+    def depth(name: str) -> int:
+        return next(i for i, cls in enumerate(order) if name in vars(cls))
+
+    deciding = ("aggregate", "combine", "mean_delta", "mean_buffers", "shares", "sends")
+    return type(method).sums is not Method.sums and all(depth(name) >= depth("sums") for name in deciding)
 
 
 def keep_buffers(model: Weights, old: Weights) -> Weights:

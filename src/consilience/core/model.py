@@ -60,6 +60,11 @@ class Architecture:
     outputs: int
     dtype: torch.dtype = torch.float32
 
+    @property
+    def key(self) -> str:
+        """What tells its instances apart from those of others."""
+        return f"{self.name}|{self.dtype}"
+
     def build(self, seed: int = 0) -> nn.Module:
         """A module whose initial values are drawn with ``seed``; no global generator moves."""
         with torch_fork(seed):
@@ -110,10 +115,24 @@ class Instance:
         """Buffers that belong to no state, with what they held when new: no borrower sees the last one's."""
         self.home = {name: p.data for name, p in self.parameters.items()}
         """The module's own storage."""
+        self.row: tuple[str, int] | None = None
+        """Which row of which common storage that is, in a stack."""
         for part in self.module.modules():
             if isinstance(part, _BatchNorm) and part.track_running_stats:
                 part.register_forward_pre_hook(_lone)
                 part.register_forward_hook(_no_longer, always_call=True)
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the module has buffers that belong to no state, which its own code may move."""
+        return bool(self._passing)
+
+    def move(self, params: Params, buffers: Params) -> None:
+        """Let the module's own storage be these tensors from now on."""
+        for name, tensor in params.items():
+            self.parameters[name].data = self.home[name] = tensor
+        for name, tensor in buffers.items():
+            self.buffers[name].data = tensor
 
     def fill(self, weights: Weights, *, train: bool) -> nn.Module:
         """Copy ``weights`` in and set the mode; parameters want gradients only in training mode."""
@@ -169,10 +188,14 @@ class Pool:
 
     def borrow(self, architecture: Architecture) -> Instance:
         """An instance that nobody else uses until :meth:`release`."""
-        free = self._free.setdefault(f"{architecture.name}|{architecture.dtype}", [])
-        instance = free.pop() if free else Instance(architecture)
+        free = self._free.setdefault(architecture.key, [])
+        instance = free.pop() if free else self.make(architecture)
         self._lent.append(instance)
         return instance
+
+    def make(self, architecture: Architecture) -> Instance:
+        """A new instance."""
+        return Instance(architecture)
 
     def mark(self) -> int:
         """A point to which :meth:`release` can go back."""
@@ -182,8 +205,7 @@ class Pool:
         """Give back everything borrowed since ``mark``."""
         while len(self._lent) > mark:
             instance = self._lent.pop()
-            key = f"{instance.architecture.name}|{instance.architecture.dtype}"
-            self._free.setdefault(key, []).append(instance)
+            self._free.setdefault(instance.architecture.key, []).append(instance)
 
 
 def check_factory(factory: object, name: str) -> Factory:

@@ -25,18 +25,27 @@ def weighted_sum(trees: Sequence[Tree], weights: Sequence[float]) -> Tree:
     """
     if not trees:
         raise ValueError("nothing to sum")
-    total: Tree = None
+    blocks: list[Tree] = []
     for start in range(0, len(trees), BLOCK):
-        block = block_sum(trees[start : start + BLOCK], weights[start : start + BLOCK])
-        total = block if total is None else accumulate(total, block, 1.0)
-    return total
+        block: Tree = None
+        for tree, weight in zip(trees[start : start + BLOCK], weights[start : start + BLOCK], strict=True):
+            block = add_term(block, tree, weight)
+        blocks.append(block)
+    return sum_blocks(blocks)
 
 
-def block_sum(trees: Sequence[Tree], weights: Sequence[float]) -> Tree:
-    """sum_i w_i t_i of one block, left to right."""
-    total = tr.tree_map(lambda leaf: _scaled(leaf, weights[0]), trees[0])
-    for tree, weight in zip(trees[1:], weights[1:], strict=True):
-        total = accumulate(total, tree, weight)
+def add_term(total: Tree, tree: Tree, weight: float) -> Tree:
+    """total + weight * tree, or the first term of a block where ``total`` is None; ``total`` is changed in place."""
+    if total is None:
+        return tr.tree_map(lambda leaf: _scaled(leaf, weight), tree)
+    return accumulate(total, tree, weight)
+
+
+def sum_blocks(blocks: Sequence[Tree]) -> Tree:
+    """The sum of blocks' sums, in order; the first is changed in place."""
+    total = blocks[0]
+    for block in blocks[1:]:
+        total = accumulate(total, block, 1.0)
     return total
 
 

@@ -2,138 +2,42 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
-from torch import Tensor
+import numpy as np
 
-from consilience.core import tree as tr
-from consilience.core.encode import encoded_size
 from consilience.core.errors import ConfigError, ConsilienceError
-from consilience.core.evaluate import Evaluation, Judge, Line, Measures
-from consilience.core.events import Clock, Decision, Event, Schedule, Start, View, draw_cohort
+from consilience.core.evaluate import Judge, Line
+from consilience.core.events import Decision, Event, Instant, Start, View, draw_cohort
 from consilience.core.executor import Executor
 from consilience.core.failpoint import reach
-from consilience.core.messages import ClientInfo, Inbox, Job, Reply, Score
-from consilience.core.method import Coin, Phase
+from consilience.core.messages import Inbox, Job, Reply, Score, Summed
+from consilience.core.method import sums_suffice
+from consilience.core.outbox import Outbox, size_of
+from consilience.core.program import Program
+from consilience.core.setup import Setup
 from consilience.core.site import Host
+from consilience.core.snapshot import Flight, Snapshot, Totals
 from consilience.core.streams import philox
-from consilience.core.tree import Tree, record
 from consilience.core.worker import Call
 
 
-@record
-class Totals(NamedTuple):
-    """What has been spent: bytes as encoded, samples and steps as computed (evaluation does not count)."""
-
-    bytes_up: int = 0
-    bytes_down: int = 0
-    samples: int = 0
-    steps: int = 0
-
-
-@record
-class Flight(NamedTuple):
-    """A job on its way. phases: of its chain, those still to come after this one. since: virtual time of its
-    dispatch. arrives: of its arrival. reply: what it will bring (None for an exchange among neighbours)."""
-
-    job: Job
-    phases: tuple[int, ...]
-    since: float
-    arrives: float
-    order: int
-    reply: Reply | None
-
-
-@record
-class Snapshot(NamedTuple):
-    """Everything that a run needs to go on, bit for bit. Nothing is in computation when it is taken. states: see
-    ``Executor.states``: those on file are read when asked for, and are the run's newest."""
-
-    version: int
-    time: float
-    next_job: int
-    order: int
-    started: int
-    ready: bool
-    begun: bool
-    chain: int
-    server: Tree
-    schedule: Tree
-    numbers: dict[int, int]
-    admitted: dict[int, int]
-    totals: Totals
-    arrived: tuple[Reply, ...]
-    flights: tuple[Flight, ...]
-    timers: tuple[float, ...]
-    states: Mapping[int, Tree]
-    pending: dict[int, Tree]
-
-
 class _Open(NamedTuple):
-    """A job handed to the executor and not yet collected."""
+    """A job handed to the executor and not yet collected. bound: virtual time before which it cannot arrive."""
 
     job: Job
     rest: tuple[int, ...]
-    since: float
+    at: float
     down: int
+    rings: int
     earlier: Reply | None
     ticket: int
-
-
-class Refusal(NamedTuple):
-    """Why one client's update was not combined."""
-
-    client: int
-    field: str
-    reason: str
-
-
-class Stage(Protocol):
-    """A step between collecting and combining: attack, validation, privacy; in that order."""
-
-    def __call__(self, replies: Sequence[Reply], server: Tree) -> tuple[Sequence[Reply], Sequence[Refusal]]:
-        """The replies to go on with, and the ones dropped with reasons."""
-        ...
-
-
-class Recorder(Protocol):
-    """Where lines and checkpoints go."""
-
-    def line(self, record: dict[str, Any], clients: Sequence[dict[str, Any]]) -> None:
-        """A round was evaluated."""
-        ...
-
-    def refused(self, version: int, refusals: Sequence[Refusal]) -> None:
-        """Updates were dropped."""
-        ...
-
-    def checkpoint(self, snapshot: Snapshot) -> None:
-        """A good moment to save."""
-        ...
-
-
-@dataclass
-class Setup:
-    """What :func:`run` is given beside method, federation and executor.
-
-    rounds: server updates to make. cohort: clients a round asks for. checkpoint_every: rounds, 0 for never
-    (but the end is always offered to the recorder).
-    elapsed: wall seconds spent before, for a run that is resumed.
-    """
-
-    rounds: int
-    cohort: int
-    schedule: Schedule
-    clock: Clock
-    measures: Measures
-    recorder: Recorder
-    stages: Sequence[Stage] = ()
-    evaluation: Evaluation = field(default_factory=Evaluation)
-    checkpoint_every: int = 10
-    elapsed: float = 0.0
+    order: int
+    bound: float
 
 
 def run(executor: Executor, setup: Setup, resume: Snapshot | None = None) -> Snapshot:
@@ -151,14 +55,16 @@ class Loop:
         self.place, self.program = worker.place, worker.program
         self.judge = Judge(setup.evaluation, setup.measures, self.federation, executor, setup.rounds, self.place.seed)
         self.clients = self.federation.seen
-        self.chains = _chains(self.program)
+        self.when = Program(self.program, self.place.seed)
+        self.outbox = Outbox(self.place, self.federation, setup.clock)
         self.lines: list[Line] = []
         self.due = False
         self.began = time.perf_counter() - setup.elapsed
-        self._messages: dict[Any, Tree] = {}
-        self._sizes: dict[int, tuple[Tree, int]] = {}
         self._open: list[_Open] = []
+        self._laps: list[dict[str, Any]] = []
+        self._timed = type(setup.clock) is not Instant
         self._judged: dict[int, tuple[Score, Score]] = {}
+        self._sum_there = sums_suffice(self.method) and all(stage is worker.check for stage in setup.stages)
         if resume is None:
             self.version, self.time, self.next_job, self.order, self.started = 0, 0.0, 0, 0, 0
             self.ready, self.begun, self.chain = True, False, 0
@@ -168,6 +74,8 @@ class Loop:
             self.arrived: dict[int, Reply] = {}
             self.flights: dict[int, Flight] = {}
             self.timers: list[float] = []
+            self.rings, self.watch = 0, False
+            self.news: list[Event] = []
             self.server = self.method.init_server(self.host("init"))
             self.schedule = setup.schedule.init()
         else:
@@ -184,12 +92,12 @@ class Loop:
             if self.due:
                 self._save()
             if self.ready:
-                events: list[Event] = [Event("ready")]
-                self.ready = False
+                events, self.ready = [Event("ready")], False
             else:
                 events = self._next_instant()
+            events, self.news = self.news + events, []
             self._apply(self.setup.schedule.on(events, self._view(), self.schedule))
-            self._collect()
+        self._leave()
         self._flush()
         last = self.snapshot()
         self.setup.recorder.checkpoint(last)
@@ -198,30 +106,61 @@ class Loop:
     def _next_instant(self) -> list[Event]:
         """Everything that happens at the next point in virtual time."""
         while True:
-            times = [flight.arrives for flight in self.flights.values()] + self.timers
-            if not times:
-                raise ConsilienceError("the schedule started nothing and waits for nothing; the run cannot go on")
+            back = self._returns()
+            times = [f.arrives for f in self.flights.values()] + self.timers + [t for t, _ in back]
+            bound = min((o.bound for o in self._open), default=math.inf)
+            if self._open and bound <= min(times, default=math.inf):
+                self._collect()  # one of these may come first; the others are computed beside it
+                continue
+            if min(times, default=math.inf) == math.inf:
+                why = "no client comes online any more" if self.watch else "the schedule waits for nothing"
+                raise ConsilienceError(
+                    f"round {self.version + 1} of {self.setup.rounds} cannot be made: {why} after "
+                    f"{self.time:.6g} virtual seconds"
+                )
             self.time = min(times)
-            rung = [t for t in self.timers if t <= self.time]
+            events = self._land() + [Event("timer") for t in self.timers if t <= self.time]
+            self.rings += sum(t <= self.time for t in self.timers)
             self.timers = [t for t in self.timers if t > self.time]
-            landed = sorted((f for f in self.flights.values() if f.arrives <= self.time), key=lambda f: f.order)
-            events = [Event("timer") for _ in rung]
-            for flight in landed:
-                del self.flights[flight.job.id]
-                if flight.phases:
-                    self._dispatch(flight.job._replace(phase=flight.phases[0]), flight.phases[1:], resumes=flight)
-                elif flight.reply is not None:
-                    self.arrived[flight.job.id] = flight.reply
-                    events.append(Event("arrival", flight.job.id, flight.job.client))
-            self._collect()
+            events += [Event("online", client=client) for t, client in back if t <= self.time]
             if events:
                 return events
 
+    def _land(self) -> list[Event]:
+        """Let every flight that is due arrive, go on with its next phase, or be lost."""
+        events: list[Event] = []
+        for flight in sorted((f for f in self.flights.values() if f.arrives <= self.time), key=lambda f: f.order):
+            job = flight.job
+            del self.flights[job.id]
+            self._spend(**flight.cost.until(flight.leg)._asdict())
+            if flight.leg.lost is not None:
+                self.executor.settle((), [job])
+                self._lap(flight.reply, "lost")
+                events.append(Event("lost", job.id, job.client))
+            elif flight.phases:
+                self._dispatch(job._replace(phase=flight.phases[0]), flight.phases[1:], resumes=flight)
+            else:
+                self.arrived[job.id] = flight.reply
+                events.append(Event("arrival", job.id, job.client))
+        return events
+
+    def _returns(self) -> list[tuple[float, int]]:
+        """When each idle client that is offline can be asked again, if the schedule wants to know."""
+        if not self.watch:
+            return []
+        idle = self._idle(self._busy())
+        away = idle[~self.setup.clock.online(idle, self.time, self.version)]
+        return [(self.setup.clock.returns(int(c), self.time, self.version), int(c)) for c in away]
+
     def _apply(self, decision: Decision) -> None:
         """Carry out a schedule's decision: drop, combine, then start."""
-        self.schedule = decision.state
+        self.schedule, self.watch = decision.state, decision.watch
+        self._cancel(decision.cancel)
         if decision.refuse:
-            self.executor.settle((), [self.arrived.pop(job).job for job in decision.refuse])
+            refused = [self.arrived.pop(job) for job in decision.refuse]
+            self.executor.settle((), [reply.job for reply in refused])
+            for reply in refused:
+                self._lap(reply, "refused")
         for group in decision.admit:
             if self.version < self.setup.rounds:
                 self._admit([self.arrived.pop(job) for job in group])
@@ -229,11 +168,23 @@ class Loop:
             return
         if decision.start:
             self.chain = 0
-            self._start(self._round_chains()[0], decision.start)
+            self._start(self.when.of_round(self.version)[0], decision.start)
         self.timers.extend(decision.timers)
 
-    def _start(self, chain: tuple[int, ...], starts: Sequence[Start], again: bool = False) -> None:
-        """Dispatch a chain's first phase. again: a later chain of the same round, so the same job numbers."""
+    def _cancel(self, jobs: Sequence[int]) -> None:
+        """Stop jobs in flight; what they did until now is spent."""
+        if any(o.job.id in jobs for o in self._open):
+            self._collect()
+        for job in jobs:
+            flight = self.flights.pop(job)
+            leg = flight.leg._replace(lost=self.time - flight.at)
+            self._spend(**flight.cost.until(leg)._asdict())
+            self.executor.settle((), [flight.job])
+            self._lap(flight.reply, "cancelled", self.time)
+
+    def _start(self, chain: tuple[int, ...], starts: Sequence[Start], again: bool = False) -> list[int]:
+        """Dispatch a chain's first phase; returns job ids. again: a later chain of the same round, so the same job
+        numbers."""
         jobs: list[Job] = []
         for start in sorted(starts, key=lambda s: s.client):
             number = self.numbers.get(start.client, 0) + (0 if again else 1)
@@ -246,7 +197,7 @@ class Loop:
                     self.admitted.get(start.client, 0),
                     self.version,
                     chain[0],
-                    start.steps,
+                    start.steps if start.within is None else self._steps_within(start, chain[0]),
                     start.slot,
                     self.judge.wants_clients(self.version + 1),
                 )
@@ -255,47 +206,71 @@ class Loop:
         self.started += 0 if again else len(jobs)
         if self.program[chain[0]].over == "neighbours":
             self._exchange(jobs)
-            return
-        for job in jobs:
-            self._dispatch(job, chain[1:])
+        else:
+            for job, ticket in zip(jobs, self._submit_all(jobs, chain), strict=True):
+                self._dispatch(job, chain[1:], ticket)
+        self.news += [Event("start", job.id, job.client) for job in jobs]
+        return [job.id for job in jobs]
 
-    def _dispatch(self, job: Job, rest: tuple[int, ...], resumes: Flight | None = None) -> None:
-        """Send a job out; it is computed when the next results are collected."""
-        message, down = self._message(self.program[job.phase], job.client, job.slot)
-        ticket = self.executor.submit(job, message, resumes=resumes is not None)
-        self._spend(down=down)
-        since = self.time if resumes is None else resumes.since
-        self._open.append(_Open(job, rest, since, down, resumes.reply if resumes else None, ticket))
+    def _submit_all(self, jobs: Sequence[Job], chain: tuple[int, ...]) -> Sequence[int | None]:
+        """Hand over jobs that begin together, if their updates can be added up where they are made."""
+        phase, none = self.program[chain[0]], [None] * len(jobs)
+        if not jobs or len(chain) > 1 or not self._sum_there:
+            return none
+        messages = [self.outbox.message(self.server, phase, job.client, job.slot)[0] for job in jobs]
+        weights = self.method.sums([self._asking(job) for job in jobs])
+        if weights is None or any(message is not messages[0] for message in messages):
+            return none
+        return self.executor.submit_all(jobs, messages[0], weights)
+
+    def _dispatch(
+        self, job: Job, rest: tuple[int, ...], ticket: int | None = None, resumes: Flight | None = None
+    ) -> None:
+        """Send a job out; it is computed when its arrival could be the next thing to happen. ticket: if the executor
+        has got it already."""
+        phase = self.program[job.phase]
+        message, down = self.outbox.message(self.server, phase, job.client, job.slot)
+        if ticket is None:
+            ticket = self.executor.submit(job, message, resumes=resumes is not None)
+        self._spend(bytes_down=down)
+        least = self.method.least_samples(phase, self.federation.size(job.client), job.steps)
+        bound = self.setup.clock.trip(job, self.time, down=down, up=0, samples=least, steps=0).seconds
+        self.order += 1
+        earlier = None if resumes is None else resumes.reply
+        self._open.append(_Open(job, rest, self.time, down, self.rings, earlier, ticket, self.order, self.time + bound))
 
     def _collect(self) -> None:
         """Compute everything that was dispatched, together, and let it arrive at its time."""
         opened, self._open = self._open, []
+        if not opened:
+            return
         reach("work")
         works = self.executor.collect([o.job for o in opened], [o.ticket for o in opened])
         for o, work in zip(opened, works, strict=True):
-            job, up = o.job, _bytes(work.update)
-            delay = self.setup.clock.seconds(job.client, down=o.down, up=up, samples=work.samples, steps=work.steps)
-            self._spend(up=up, samples=work.samples, steps=work.steps)
-            trained, steps, before = work.samples, work.steps, work.before
+            job, up, samples, steps, before = o.job, size_of(work.update), work.samples, work.steps, work.before
+            leg = self.setup.clock.trip(job, o.at, down=o.down, up=up, samples=samples, steps=steps)
+            if o.at + leg.seconds < o.bound:
+                raise ConsilienceError(
+                    f"{self.method.name}: client {job.client} computed {samples} samples, fewer than least_samples says"
+                )
+            cost, since, trip, rings = Totals(up, 0, samples, steps), o.at, leg, o.rings
             if o.earlier is not None:
-                trained, steps, before = trained + o.earlier.trained, steps + o.earlier.steps, o.earlier.before
-            arrives = self.time + delay
+                since, rings, before = o.earlier.since, o.earlier.rings, o.earlier.before
+                samples, steps, trip = samples + o.earlier.trained, steps + o.earlier.steps, o.earlier.trip + leg
+            arrives = o.at + leg.seconds
             reply = Reply(
-                job, work.update, self.federation.size(job.client), trained, steps, 0,
-                arrives - o.since, work.loss, before, work.after,
+                job, work.update if leg.lost is None else None, self.federation.size(job.client), samples, steps, 0,
+                arrives - since, work.loss, before, work.after, since, trip, rings,
             )  # fmt: skip
-            self._fly(Flight(job, o.rest, o.since, arrives, 0, reply))
-
-    def _fly(self, flight: Flight) -> None:
-        self.order += 1
-        self.flights[flight.job.id] = flight._replace(order=self.order)
+            self.flights[job.id] = Flight(job, o.rest, o.at, arrives, o.order, reply, cost, leg)
 
     def _admit(self, group: Sequence[Reply]) -> None:
         """Combine a group of replies into one server update, and finish the round if that was its last chain."""
         replies = sorted(
-            (r._replace(staleness=self.version - r.job.version) for r in group), key=lambda r: r.job.client
+            (r._replace(staleness=self.version - r.job.version, rings=self.rings - r.rings) for r in group),
+            key=lambda r: (r.job.client, r.job.id),
         )
-        chains = self._round_chains()
+        chains = self.when.of_round(self.version)
         good = self._combine(chains[self.chain], replies)
         if good and self.chain + 1 < len(chains):  # with nobody left, the round ends here
             self.chain += 1
@@ -303,7 +278,7 @@ class Loop:
             self._start(chains[self.chain], starts, again=True)
             return
         self.version += 1
-        self._messages, self._sizes = {}, {}  # broadcasts of past versions are let go
+        self.outbox.forget()
         self.chain, self.started, self.ready = 0, 0, True
         if self.version == self.setup.rounds:
             self._barriers("end")
@@ -314,18 +289,19 @@ class Loop:
         phase, good = self.program[chain[-1]], list(replies)
         reach("aggregate")
         if phase.over != "neighbours":
-            for stage in self.setup.stages:
-                kept, refusals = stage(good, self.server)
-                good = list(kept)
-                if refusals:
-                    self.setup.recorder.refused(self.version + 1, refusals)
+            summed = self._summed(good)
+            if summed is None:
+                good = self._passed([self._whole(reply) for reply in good])
             if good:
                 cohort = [reply.job.client for reply in replies]
-                call = Call("aggregate", (chain[-1], self.version, self.server, good, cohort))
+                given = good if summed is None else [summed]
+                call = Call("aggregate", (chain[-1], self.version, self.server, given, cohort))
                 here = self.worker.run if not self.method.trains_on_server else self.executor.run
                 self.server, samples, steps = here(call)
                 self._spend(samples=samples, steps=steps)
         kept_ids = {reply.job.id for reply in good}
+        for reply in replies:
+            self._lap(reply, "combined" if reply.job.id in kept_ids else "refused")
         for reply in good:
             self.admitted[reply.job.client] = reply.job.number
             if reply.before is not None and reply.after is not None:
@@ -336,13 +312,37 @@ class Loop:
         )
         return good
 
+    def _passed(self, replies: list[Reply]) -> list[Reply]:
+        """The replies that every stage lets through."""
+        for stage in self.setup.stages:
+            kept, refusals = stage(replies, self.server)
+            replies = list(kept)
+            if refusals:
+                self.setup.recorder.refused(self.version + 1, refusals)
+        return replies
+
+    def _summed(self, replies: Sequence[Reply]) -> Reply | None:
+        """One reply that holds the sums of these, if they were added up where they were made."""
+        sums = self.executor.sums([reply.job for reply in replies])
+        made = self.method.sends()
+        if sums is None or made is None:
+            return None
+        return replies[0]._replace(update=made(**sums), samples=sum(reply.samples for reply in replies))
+
+    def _whole(self, reply: Reply) -> Reply:
+        """A reply with its update, which is made once more if it was only added up."""
+        if not isinstance(reply.update, Summed):
+            return reply
+        self._sum_there = False  # this run combines otherwise than it starts, or has clients that err
+        return reply._replace(update=self.executor.redo(reply.job).update)
+
     def _exchange(self, jobs: Sequence[Job]) -> None:
         """A phase among neighbours: everybody sends, then everybody mixes what has come."""
         topology = self.place.topology
         if topology is None:
             raise ConfigError(f"{self.method.name} has a phase among neighbours: give a topology")
         sent = self.executor.exchange(jobs)
-        sizes = {client: _bytes(message) for client, message in sent.items()}
+        sizes = {client: size_of(message) for client, message in sent.items()}
         inboxes = []
         for job in jobs:
             weights = {n: w for n, w in sorted(topology[job.client].items()) if n in sent}
@@ -354,21 +354,50 @@ class Loop:
         for job, inbox in zip(jobs, inboxes, strict=True):
             got = sum(sizes[n] for n in inbox.messages if n != job.client)
             given = sizes[job.client] * (len(inbox.messages) - 1)
-            self._spend(up=given, down=got)
-            delay = self.setup.clock.seconds(job.client, down=got, up=given, samples=0, steps=0)
-            reply = Reply(job, None, self.federation.size(job.client), 0, 0, 0, delay, float("nan"))
-            self._fly(Flight(job, (), self.time, self.time + delay, 0, reply))
+            self._spend(bytes_up=given, bytes_down=got)
+            leg = self.setup.clock.trip(job, self.time, down=got, up=given, samples=0, steps=0)._replace(lost=None)
+            reply = Reply(
+                job, None, self.federation.size(job.client), 0, 0, 0, leg.seconds, float("nan"),
+                since=self.time, trip=leg, rings=self.rings,
+            )  # fmt: skip
+            self.order += 1
+            self.flights[job.id] = Flight(job, (), self.time, self.time + leg.seconds, self.order, reply, Totals(), leg)
 
     def _barriers(self, when: str) -> None:
         """The phases before the first round or after the last: everybody takes part, everybody is waited for."""
-        for chain in (c for c in self.chains if self.program[c[0]].when == when):
-            self._start(chain, [Start(int(client)) for client in self.clients], again=when == "end")
-            self._collect()
-            while self.flights:
+        for chain in self.when.at(when):
+            if when == "end":
+                self._leave()
+            jobs = self._start(chain, [Start(int(client)) for client in self.clients], again=when == "end")
+            while any(job in self.flights for job in jobs) or self._open:
                 self._next_instant()
-            replies = sorted(self.arrived.values(), key=lambda r: r.job.client)
-            self.arrived = {}
-            self._combine(chain, replies)
+            replies = [self.arrived.pop(job) for job in jobs if job in self.arrived]
+            self._combine(chain, sorted(replies, key=lambda r: r.job.client))
+
+    def _leave(self) -> None:
+        """The run is over: nobody waits for what is still in flight or not decided on."""
+        for reply in self.arrived.values():
+            self._lap(reply, "unfinished")
+        under_way = [(o.job, o.at if o.earlier is None else o.earlier.since) for o in self._open]
+        under_way += [(flight.job, flight.reply.since) for flight in self.flights.values()]
+        for job, since in sorted(under_way):  # the same line whether or not it was computed already
+            self._lap(Reply(job, None, 0, 0, 0, 0, 0.0, math.nan, since=since), "unfinished", self.time)
+        self.executor.settle((), [reply.job for reply in self.arrived.values()])
+        self.executor.settle((), [flight.job for flight in self.flights.values()])
+        self._open, self.arrived, self.flights, self.news, self.timers = [], {}, {}, [], []
+
+    def _lap(self, reply: Reply, state: str, end: float | None = None) -> None:
+        """A line of the timeline: a job ended, now or at its arrival."""
+        if not self._timed:
+            return
+        job, trip = reply.job, reply.trip
+        arrived = reply.since + reply.seconds
+        self._laps.append({
+            "job": job.id, "client": job.client, "phase": self.program[job.phase].name, "state": state,
+            "start": reply.since, "end": arrived if end is None else end,
+            "wait": trip.wait, "download": trip.download, "compute": trip.compute, "upload": trip.upload,
+            "steps": reply.steps, "staleness": reply.staleness, "round": self.version + 1,
+        })  # fmt: skip
 
     # --- after a round -----------------------------------------------------------------------------------------
 
@@ -381,7 +410,9 @@ class Loop:
             weight = sum(reply.samples for reply in replies if reply.loss == reply.loss)
             if weight:
                 line["train_loss"] = sum(losses) / weight
-            self.lines.append(self.judge.begin(line, self.server, self._deployed, self._asked, judged))
+            self.lines.append(
+                self.judge.begin(line, self.server, partial(self.outbox.deployed, self.server), self._asked, judged)
+            )
         every = self.setup.checkpoint_every
         self.due = every > 0 and self.version % every == 0 and self.version < self.setup.rounds
 
@@ -392,18 +423,25 @@ class Loop:
             found, clients = self.judge.finish(line)
             self.setup.recorder.line({**found, "wall_s": time.perf_counter() - self.began}, clients)
         self.lines = []
+        if self._laps:
+            self.setup.recorder.jobs(self._laps)
+            self._laps = []
 
     def _save(self) -> None:
+        self._collect()
         self._flush()
         self.due = False
         self.setup.recorder.checkpoint(self.snapshot())
 
     def snapshot(self) -> Snapshot:
         """The state now."""
+        self.arrived = {job: self._whole(reply) for job, reply in self.arrived.items()}
+        self.flights = {job: f._replace(reply=self._whole(f.reply)) for job, f in self.flights.items()}
         return Snapshot(
             self.version, self.time, self.next_job, self.order, self.started, self.ready, self.begun, self.chain,
             self.server, self.schedule, dict(sorted(self.numbers.items())), dict(sorted(self.admitted.items())),
             self.totals, tuple(self.arrived.values()), tuple(self.flights.values()), tuple(self.timers),
+            self.rings, tuple(self.news), self.watch,
             self.executor.states(), dict(self.executor.pending()),
         )  # fmt: skip
 
@@ -414,6 +452,7 @@ class Loop:
         self.numbers, self.admitted, self.timers = dict(s.numbers), dict(s.admitted), list(s.timers)
         self.arrived = {reply.job.id: reply for reply in s.arrived}
         self.flights = {flight.job.id: flight for flight in s.flights}
+        self.rings, self.news, self.watch = s.rings, list(s.news), s.watch
         self.executor.restore(s.states, s.pending)
 
     # --- small helpers -----------------------------------------------------------------------------------------
@@ -422,83 +461,72 @@ class Loop:
         """The server's site at this version."""
         return self.worker.host(self.version, phase)
 
-    def _view(self) -> View:
-        busy = frozenset(f.job.client for f in self.flights.values()) | {r.job.client for r in self.arrived.values()}
-        view = View(
-            self.time, self.version, self.clients, busy, frozenset(self.flights), tuple(self.arrived.values()),
-            self.setup.cohort, lambda size: [],
-        )  # fmt: skip
+    def _busy(self) -> frozenset[int]:
+        """Clients with a job not yet arrived or not yet decided on."""
+        jobs = [o.job for o in self._open] + [f.job for f in self.flights.values()]
+        return frozenset(job.client for job in jobs) | {r.job.client for r in self.arrived.values()}
 
-        def draw(size: int) -> list[int]:
-            chosen = self.method.select(self.server, view)
+    def _idle(self, busy: frozenset[int]) -> np.ndarray:
+        return self.clients if not busy else self.clients[~np.isin(self.clients, list(busy))]
+
+    def _online(self, clients: np.ndarray) -> np.ndarray:
+        here = self.setup.clock.online(clients, self.time, self.version)
+        return clients if here.all() else clients[here]
+
+    def _view(self) -> View:
+        busy = self._busy()
+        running = {o.job.id: o.job for o in self._open} | {f.job.id: f.job for f in self.flights.values()}
+        view = View(
+            self.time, self.version, self.clients, busy, frozenset(running), tuple(self.arrived.values()),
+            self.setup.cohort, lambda size: [], running, self._expect,
+        )  # fmt: skip
+        drawn: list[int] = []
+
+        def draw(size: int, among: Sequence[int] | None = None) -> list[int]:
+            chosen = self.method.select(self.server, view) if among is None else None
             if chosen is not None:
-                return sorted(int(c) for c in chosen)
-            rng = philox(self.place.seed, "cohort", self.version, self.started)
-            return draw_cohort(rng, self.clients, size, busy)
+                wanted = np.array(sorted(int(c) for c in chosen if int(c) not in busy), dtype=np.int64)
+                return [int(c) for c in self._online(wanted)]
+            rng = philox(self.place.seed, "cohort", self.version, self.started, *drawn)
+            drawn.append(size)  # another draw of the same decision is another stream
+            if among is None and not self._timed:
+                return draw_cohort(rng, self.clients, size, busy)  # costs what is drawn, not what there is
+            idle = self._online(self._idle(busy))
+            return draw_cohort(rng, idle if among is None else idle[np.isin(idle, list(among))], size)
 
         return view._replace(draw=draw)
 
-    def _round_chains(self) -> list[tuple[int, ...]]:
-        """The chains of the round under way."""
-        return [c for c in self.chains if self._happens(self.program[c[0]])]
+    def _expect(self, client: int, steps: int | None = None) -> float:
+        """Virtual seconds that a job would take: an upload is taken to be as large as the download."""
+        phase = self.program[self.when.first]
+        _, size = self.outbox.message(self.server, phase, client, 0)
+        samples = self.method.one_fit(self.federation.size(client), steps)
+        job = Job(-1, client, 0, 0, self.version, self.when.first, steps)
+        trip = self.setup.clock.trip(job, self.time, down=size, up=size, samples=samples, steps=0)
+        return trip.download + trip.compute + trip.upload
 
-    def _happens(self, phase: Phase) -> bool:
-        if isinstance(phase.when, Coin):
-            return bool(philox(self.place.seed, "coin", phase.name, self.version).random() < phase.when.p)
-        return phase.when == "round"
+    def _steps_within(self, start: Start, phase: int) -> int | None:
+        """The most steps that a client's device can do in the time it has; None for all of its usual ones."""
+        assert start.within is not None
+        rows = self.federation.size(start.client)
+        usual = self.method.steps_of(rows, start.steps)
+        few, most = 1, usual
+        while few < most:  # the most that fits, by bisection: more steps never take less time
+            middle = (few + most + 1) // 2
+            fits = self._expect(start.client, middle) <= start.within
+            few, most = (middle, most) if fits else (few, middle - 1)
+        return start.steps if few == usual else few
 
-    def _first_phase(self) -> Phase:
-        return next(self.program[c[0]] for c in self.chains if self.program[c[0]].when not in ("start", "end"))
-
-    def _message(self, phase: Phase, client: int, slot: int) -> tuple[Tree, int]:
-        """The broadcast to a client and its encoded bytes."""
-        message = self._shared(self.method.broadcast(phase, self.server, self._info(client, slot)))
-        if message is None:
-            return None, 0
-        if self._sizes.get(id(message), (None, 0))[0] is not message:
-            self._sizes = {id(message): (message, encoded_size(message))}
-        return self._sizes[id(message)]
-
-    def _deployed(self, client: int) -> Tree:
-        """What a client would deploy from."""
-        return self._shared(self.method.deploy(self.server, self._info(client, 0)))
-
-    def _info(self, client: int, slot: int) -> ClientInfo:
-        return ClientInfo(client, self.federation.size(client), self.place.model_of(client), slot)
-
-    def _shared(self, message: Tree) -> Tree:
-        """One object for messages made of the same tensors, so that an executor sends them once."""
-        key = (type(message), *(id(x) if isinstance(x, Tensor) else x for x in tr.leaves(message)))
-        if key not in self._messages and len(self._messages) >= 64:
-            self._messages.clear()
-        return self._messages.setdefault(key, message)
+    def _asking(self, job: Job) -> Reply:
+        """What is known of a reply when its job begins."""
+        nothing = (0, 0, 0, 0.0, math.nan)
+        return Reply(job, None, self.federation.size(job.client), *nothing)
 
     def _asked(self, client: int) -> Job:
         """A job as if the client were asked now; for judging only."""
         number = self.numbers.get(client, 0) + 1
-        phase = self.program.index(self._first_phase())
+        phase = self.when.first
         return Job(-1, client, number, self.admitted.get(client, 0), self.version, phase)
 
-    def _spend(self, *, up: int = 0, down: int = 0, samples: int = 0, steps: int = 0) -> None:
-        t = self.totals
-        self.totals = Totals(t.bytes_up + up, t.bytes_down + down, t.samples + samples, t.steps + steps)
-
-
-def _bytes(message: Tree) -> int:
-    """Encoded bytes; a message that is not sent costs nothing."""
-    return 0 if message is None else encoded_size(message)
-
-
-def _chains(program: Sequence[Phase]) -> list[tuple[int, ...]]:
-    """Phases grouped so that each "client" phase follows the one it continues."""
-    chains: list[tuple[int, ...]] = []
-    for i, phase in enumerate(program):
-        if phase.over == "client":
-            if not chains:
-                raise ConfigError("a program cannot begin with a phase over one client")
-            chains[-1] = (*chains[-1], i)
-        else:
-            chains.append((i,))
-    if not any(program[c[0]].when not in ("start", "end") for c in chains):
-        raise ConfigError("a program needs a phase in every round")
-    return chains
+    def _spend(self, **more: int) -> None:
+        self.totals = self.totals.plus(**more)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from consilience.core.federation import ClientData, Split, Task
-from consilience.core.fit import Batch, Fit, Loss, Plan, Step, training
+from consilience.core.fit import Batch, Fit, Loss, Plan, Step, Together, training
 from consilience.core.messages import Job, Score
 from consilience.core.model import Architecture, Instance, Pool, Weights
 from consilience.core.predict import Net, Predictor
@@ -33,7 +33,8 @@ class Place:
     the server's. seed: of the run. initial: weights to start from instead of drawn ones. chunk: rows in one
     chunk of an evaluation; results may depend on it in their last bits, so it is configuration. public: inputs
     that everybody may see. n_clients: how many may train. topology: mixing weights by node and neighbour.
-    pooled: everybody's training rows, only for the centralised reference.
+    pooled: everybody's training rows, only for the centralised reference. rows: how many training rows those who may
+    train have together, for methods that count them.
     """
 
     task: Task
@@ -47,6 +48,7 @@ class Place:
     n_clients: int
     topology: Mapping[int, Mapping[int, float]] | None = None
     pooled: Split | None = None
+    rows: int = 0
 
     @property
     def server_model(self) -> str:
@@ -64,7 +66,9 @@ class Site:
     ``id``, ``job``, ``method``, ``task``, ``model`` (its architecture's name), ``train`` / ``valid`` / ``test``.
     """
 
-    def __init__(self, place: Place, pool: Pool, job: Job, data: ClientData, phase: str) -> None:
+    def __init__(
+        self, place: Place, pool: Pool, job: Job, data: ClientData, phase: str, together: Together | None = None
+    ) -> None:
         self.place, self.method, self.task = place, place.method, place.task
         self.id, self.job = job.client, job
         self.model = place.model_of(job.client) if job.client != SERVER else place.server_model
@@ -74,6 +78,8 @@ class Site:
         """Samples and steps computed so far."""
         self.last_loss = float("nan")
         """Mean training loss of the first fit, which is the training; later ones are a method's own business."""
+        self.together = together
+        """Whom to ask for gradients, where clients run in step."""
         self._pool = pool
 
     @property
@@ -158,7 +164,7 @@ class Site:
         rows = self.test if data is None else data
         if found is None or not len(rows):
             return Score(0, 0.0, None)
-        return score(self.task, self.scores(found, rows.x), self.cast(rows).y)
+        return score(self.task, self.scores(found, rows.x), self.cast(rows).y, rows.sensitive)
 
     @contextmanager
     def _scope(self) -> Iterator[None]:
@@ -172,7 +178,8 @@ class Site:
 class Host(Site):
     """The server as its own code sees it: a site without private data, with every architecture.
 
-    ``clients``: how many may train. ``version``: server updates made so far.
+    ``clients``: how many may train. ``rows``: training rows that they have together, for methods that
+    count them. ``version``: server updates made so far.
     """
 
     def __init__(self, place: Place, pool: Pool, version: int, phase: str) -> None:
@@ -180,6 +187,7 @@ class Host(Site):
         job = Job(id=-1, client=SERVER, number=version, admitted=0, version=version, phase=0)
         super().__init__(place, pool, job, ClientData(empty, empty, empty), phase)
         self.clients = place.n_clients
+        self.rows = place.rows
         self.pooled = place.pooled
         self.version = version
 
@@ -190,10 +198,24 @@ def chunks(rows: Split, size: int) -> Iterator[Split]:
         yield rows.rows(slice(start, start + size))
 
 
-def score(task: Task, scores: Tensor, y: Tensor) -> Score:
-    """Mean loss (summed in float64) and accuracy of scores."""
+def score(task: Task, scores: Tensor, y: Tensor, sensitive: Tensor | None = None) -> Score:
+    """Mean loss (summed in float64) and accuracy of scores; counts by group where rows have sensitive attributes."""
     if task.kind == "operator":
         return Score(len(y), 0.0, None)
     loss = float(task.losses(scores, y).double().sum()) / len(y)
-    right = float((scores.argmax(1) == y).double().mean()) if task.kind == "classification" else None
-    return Score(len(y), loss, right)
+    if task.kind != "classification":
+        return Score(len(y), loss, None)
+    predicted = scores.argmax(1)
+    groups = None if sensitive is None else group_counts(sensitive, y, predicted, task.outputs)
+    return Score(len(y), loss, float((predicted == y).double().mean()), groups)
+
+
+def group_counts(sensitive: Tensor, y: Tensor, predicted: Tensor, classes: int) -> tuple[Tensor, ...]:
+    """For each sensitive attribute ``(n, attributes)`` of codes: rows ``(group, label, prediction)``, int64."""
+    found = []
+    for codes in sensitive.unbind(1):
+        groups = int(codes.max()) + 1
+        cells = (codes * classes + y) * classes + predicted
+        counts = torch.bincount(cells, minlength=groups * classes * classes)
+        found.append(counts.reshape(groups, classes, classes))
+    return tuple(found)

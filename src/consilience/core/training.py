@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from annotated_types import Ge, Gt, Le
 
 
-def option(default: Any, text: str) -> Any:
-    """A hyper-parameter with its default and what it means."""
-    return dataclasses.field(default=default, metadata={"help": text})
+class Search(NamedTuple):
+    """Where ``--tune`` looks for a hyper-parameter: between two values, by equal ratios if ``log``."""
+
+    low: float
+    high: float
+    log: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.low:g} to {self.high:g}{', log' if self.log else ''}"
+
+
+def option(default: Any, text: str, search: Search | None = None) -> Any:
+    """A hyper-parameter with its default and what it means; ``search``: where ``--tune`` looks for it."""
+    return dataclasses.field(default=default, metadata={"help": text, "search": search})
 
 
 @dataclass(frozen=True)
 class Training:
     """How clients train, and how what they send is combined."""
 
-    lr: Annotated[float, Gt(0)] = option(0.05, "local step size")
+    lr: Annotated[float, Gt(0)] = option(0.05, "local step size", Search(1e-3, 1.0))
     batch_size: Annotated[int, Ge(1)] = option(32, "rows in one local step")
     local_epochs: Annotated[int, Ge(1)] = option(1, "passes over the local data in a round")
     local_steps: Annotated[int, Ge(1)] | None = option(None, "local steps in a round, instead of epochs")

@@ -6,23 +6,42 @@ A worker holds the data and the modules; it keeps nothing between calls that cou
 from __future__ import annotations
 
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from consilience.core import tree as tr
+from consilience.core.encode import encoded_size
 from consilience.core.errors import ClientError, ConsilienceError
 from consilience.core.failpoint import reach
 from consilience.core.federation import Federation, Split
-from consilience.core.messages import ClientInfo, DeltaUpdate, Inbox, Job, Kind, Reply, Score, Work, kinds
+from consilience.core.fit import Together
+from consilience.core.messages import (
+    ClientInfo,
+    DeltaUpdate,
+    Inbox,
+    Job,
+    Kind,
+    Reply,
+    Score,
+    Stage,
+    Summed,
+    Work,
+    kinds,
+)
 from consilience.core.method import Method, Phase
 from consilience.core.model import Pool, Weights
 from consilience.core.predict import Predictor
+from consilience.core.reduce import add_term
 from consilience.core.site import Host, Place, Site
 from consilience.core.tree import Tree, record
+
+if TYPE_CHECKING:
+    from consilience.core.stack import Stack
 
 
 class Call(NamedTuple):
@@ -54,16 +73,35 @@ class Chunk(NamedTuple):
     scores: Tensor
 
 
+@record
+class Block(NamedTuple):
+    """What a block of clients did: work and new state of each, and the sum of each field of their updates, or None
+    where one was not right."""
+
+    done: tuple[tuple[Work, Tree], ...]
+    sums: dict[str, Tree] | None
+
+
+class Check(Stage, Protocol):
+    """A stage that looks at each update alone."""
+
+    def wrong(self, client: int, update: Tree) -> tuple[str, str] | None:
+        """What is wrong with it as (field, reason), or None if nothing is."""
+        ...
+
+
 @dataclass
 class Worker:
-    """Runs the client half of a method on a federation."""
+    """Runs the client half of a method on a federation. check: of updates that are added up here."""
 
     place: Place
     federation: Federation
     program: Sequence[Phase]
+    check: Check | None = None
 
     def __post_init__(self) -> None:
         self._pool = Pool()
+        self._stack: Stack | None = None
 
     @property
     def method(self) -> Method:
@@ -90,7 +128,36 @@ class Worker:
 
     def do_train(self, message: Tree, job: Job, state: Tree) -> tuple[Work, Tree]:
         """A client's work in one phase: (what it did, its new state)."""
-        site, phase = self.site(job)
+        return self._train(message, job, state, self._pool, None)
+
+    def do_stack(self, message: Tree, jobs: Sequence[Job], states: Sequence[Tree]) -> list[tuple[Work, Tree]]:
+        """The work of several clients in one phase, in step."""
+        from consilience.core.stack import Stack
+
+        if self._stack is None or self._stack.size < len(jobs):
+            self._stack = Stack(len(jobs))
+        clients = [partial(self._train, message, job, state) for job, state in zip(jobs, states, strict=True)]
+        return self._stack.run(clients)
+
+    def do_block(
+        self, message: Tree, jobs: Sequence[Job], states: Sequence[Tree], weights: Mapping[str, Sequence[float]]
+    ) -> Block:
+        """The work of one block of the canonical reduction. Its updates are checked, added up field by field, and let
+        go; after the first that is not right nothing is added up."""
+        done: list[tuple[Work, Tree]] = []
+        sums: dict[str, Tree] | None = dict.fromkeys(weights)
+        for i, (job, state) in enumerate(zip(jobs, states, strict=True)):
+            work, kept = self._train(message, job, state, self._pool, None)
+            self.release()
+            if self.check is None or self.check.wrong(job.client, work.update) is not None:
+                sums = None
+            if sums is not None:
+                sums = {f: add_term(s, getattr(work.update, f), weights[f][i]) for f, s in sums.items()}
+            done.append((work._replace(update=Summed(encoded_size(work.update))), kept))
+        return Block(tuple(done), sums)
+
+    def _train(self, message: Tree, job: Job, state: Tree, pool: Pool, together: Together | None) -> tuple[Work, Tree]:
+        site, phase = self.site(job, pool, together)
         reach("client-before")
         with _blame(site, phase, "init_client") as at:
             message, own = self._open(site, message, state)
@@ -160,11 +227,11 @@ class Worker:
         scores = host.scores(predictor, rows.x)
         return Chunk(float(host.task.losses(scores, rows.y).double().sum()), scores)
 
-    def site(self, job: Job) -> tuple[Site, Phase]:
-        """The site of a job, and its phase."""
+    def site(self, job: Job, pool: Pool | None = None, together: Together | None = None) -> tuple[Site, Phase]:
+        """The site of a job, and its phase. pool, together: of its place in a stack."""
         phase = self.program[job.phase]
         data = self.federation.data(job.client)
-        return Site(self.place, self._pool, job, data, phase.name), phase
+        return Site(self.place, pool or self._pool, job, data, phase.name, together), phase
 
     def host(self, version: int, phase: str) -> Host:
         """The server as its own code sees it."""
@@ -227,8 +294,8 @@ def _versions(given: Sequence[Tensor]) -> list[int]:
 
 def _changed(call: Call) -> str:
     """What to say where a call has changed its arguments."""
-    job = next((arg for arg in call.args if isinstance(arg, Job)), None)
-    who = "the server" if job is None else f"client {job.client}, round {job.round}"
+    jobs = call.args[0] if call.name in ("stack", "block") else [arg for arg in call.args if isinstance(arg, Job)]
+    who = f"client {', '.join(str(job.client) for job in jobs)}, round {jobs[0].round}" if jobs else "the server"
     return f"{who}: '{call.name}' changed in place a tensor that it was given; clone it first (core.tree.clone)"
 
 

@@ -96,7 +96,7 @@ def read_frame(path: Path) -> pd.DataFrame:
         else:
             frame = pd.read_parquet(path)
     except ImportError:
-        raise DataError(f"reading {path} needs pyarrow: pip install pyarrow") from None
+        raise DataError(f"reading {path} needs pyarrow: pip install 'consilience[parquet]'") from None
     except (ValueError, OSError) as error:  # pandas' parser errors and pyarrow's ArrowInvalid are ValueErrors
         raise DataError(f"file {path} cannot be read: {str(error).splitlines()[0]}") from None
     if not len(frame):

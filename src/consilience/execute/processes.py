@@ -27,6 +27,7 @@ import torch
 from consilience.core.encode import Encoder, decode
 from consilience.core.errors import ClientError, WorkerError
 from consilience.core.executor import Executor, ready
+from consilience.core.reduce import BLOCK
 from consilience.core.tree import Tree, clone
 from consilience.core.worker import Call, Worker
 from consilience.execute.memory import keep_freed_memory
@@ -36,6 +37,8 @@ INLINE = 1 << 14
 """Trees up to this many bytes travel in the pipe."""
 AHEAD = 2
 """Calls given to a worker at a time: one to work on, one to go on with."""
+EACH = 3
+"""Blocks of clients that a worker should get at least, or some would wait for others."""
 DEATHS = 3
 """Workers that one call may cost."""
 
@@ -141,6 +144,17 @@ def _answer(worker: Worker, pipe: Connection, mapped: Mapped, segments: Segments
 # --- in the parent ---------------------------------------------------------------------------------------------
 
 
+def _settled(function: str, result: Tree) -> Tree:
+    """A result whose new states are copied: they live long, so they leave shared memory at once."""
+    if function == "train":
+        return result[0], clone(result[1])
+    if function == "stack":
+        return [_settled("train", one) for one in result]
+    if function == "block":
+        return result._replace(done=tuple(_settled("train", one) for one in result.done))
+    return clone(result) if function == "mix" else result
+
+
 @dataclass
 class _Child:
     """A worker process as the parent sees it."""
@@ -172,8 +186,11 @@ class Processes(Executor):
         self._out: dict[int, _Out] = {}
         self._queue: list[tuple[float, int]] = []
         self._done: dict[int, Tree] = {}
+        self._failed: dict[int, ClientError] = {}
+        """Raised when the call is asked for, so that of several the same one is seen whoever comes first."""
         self._shared: dict[int, _Shared] = {}
         self._next, self._made, self._written = 0, 0, 0
+        self.pays_from = EACH * BLOCK * workers
         self._context = start_context()
         self._children: list[_Child] = []
         for _ in range(workers):
@@ -188,9 +205,12 @@ class Processes(Executor):
 
     def finish(self, tickets: Sequence[int]) -> list[Tree]:
         """Wait for these calls; others go on."""
-        while any(ticket not in self._done for ticket in tickets):
-            self._hand_out()
-            self._wait()
+        for ticket in tickets:
+            while ticket not in self._done and ticket not in self._failed:
+                self._hand_out()
+                self._wait()
+            if ticket in self._failed:
+                raise self._failed[ticket]
         self._hand_out()
         return [self._done.pop(ticket) for ticket in tickets]
 
@@ -274,15 +294,11 @@ class Processes(Executor):
             out = self._out.pop(ticket)
             self._release(out)
             if kind == "client":
-                raise ClientError(*what)
+                self._failed[ticket] = ClientError(*what)
+                continue
             if kind == "failed":
                 raise WorkerError(f"a worker failed in '{out.call.name}': {what[0]}\n{what[1]}")
-            result = self._unpack(child, what[0], what[1], body)
-            if out.call.name == "train":  # new states live long, so they leave shared memory at once
-                result = (result[0], clone(result[1]))
-            elif out.call.name == "mix":
-                result = clone(result)
-            self._done[ticket] = result
+            self._done[ticket] = _settled(out.call.name, self._unpack(child, what[0], what[1], body))
 
     def _unpack(self, child: _Child, apart: bool, parts: Sequence[tuple[str, int]], body: bytearray) -> Tree:
         """The result that a worker has packed."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from consilience.core.federation import Task
+from consilience.core.site import group_counts
+from consilience.measure.fairness import entropy, gaps, summary
 
 BINS = 15
 """Bins of the calibration error."""
@@ -18,12 +21,17 @@ BINS = 15
 class Standard:
     """The measures every run reports."""
 
-    def of_global(self, task: Task, scores: Tensor, y: Tensor, loss: float, full: bool) -> dict[str, float]:
-        """Classification: accuracy, loss, macro-F1, calibration error, and (``full``) AUROC. Else loss and RMSE."""
+    def of_global(
+        self, task: Task, scores: Tensor, y: Tensor, loss: float, full: bool, sensitive: Tensor | None = None
+    ) -> dict[str, Any]:
+        """Classification: accuracy, loss, macro-F1, calibration error, and (``full``) AUROC. Else loss and RMSE.
+
+        ``groups``: by sensitive attribute, the differences of :func:`consilience.measure.fairness.gaps`.
+        """
         if task.kind != "classification":
             rmse = float((scores.reshape(len(y), -1) - y.reshape(len(y), -1)).double().square().mean().sqrt())
             return {"loss": loss, "rmse": rmse}
-        found = {
+        found: dict[str, Any] = {
             "accuracy": float((scores.argmax(1) == y).double().mean()),
             "loss": loss,
             "macro_f1": macro_f1(scores.argmax(1), y, task.outputs),
@@ -31,10 +39,17 @@ class Standard:
         }
         if full:
             found["auroc"] = auroc(scores, y)
+        if sensitive is not None:
+            counts = group_counts(sensitive, y, scores.argmax(1), task.outputs)
+            found["groups"] = {name: gaps(c.double().numpy()) for name, c in zip(task.sensitive, counts, strict=True)}
         return found
 
+    def between_groups(self, task: Task, counts: Sequence[Sequence[Tensor]]) -> dict[str, Any]:
+        """By sensitive attribute, :func:`consilience.measure.fairness.summary` over clients."""
+        return {name: summary([own[i] for own in counts]) for i, name in enumerate(task.sensitive)}
+
     def across(self, values: Sequence[float], *, higher_is_better: bool) -> dict[str, float]:
-        """Mean, worst tenth, standard deviation and Jain index over clients, each client counting once."""
+        """Mean, worst tenth, standard deviation, Jain index and entropy over clients, each client counting once."""
         a = np.asarray(values, dtype=np.float64)
         worst = np.sort(a if higher_is_better else -a)[: math.ceil(len(a) / 10)]
         return {
@@ -42,6 +57,7 @@ class Standard:
             "worst10": float(worst.mean() if higher_is_better else -worst.mean()),
             "std": float(a.std()),
             "jain": jain(a),
+            "entropy": entropy(a),
         }
 
 

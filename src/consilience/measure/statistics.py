@@ -150,7 +150,8 @@ def compare_scores(
     for (a, b), value in zip(pairs, holm(raw), strict=True):
         p[a, b] = p[b, a] = value
     rank = {m: 1 + sum(p[o, m] < alpha for o in order[:i]) for i, m in enumerate(order)}
-    return Comparison(order, p, rank, _cliques(order, p, alpha), _detectable(spreads, counts, alpha), bool(spreads))
+    cliques = _cliques(order, p, alpha) if spreads else []
+    return Comparison(order, p, rank, cliques, _detectable(spreads, counts, alpha), bool(spreads))
 
 
 def _cliques(order: Sequence[str], p: Mapping[tuple[str, str], float], alpha: float) -> list[list[str]]:
@@ -158,7 +159,7 @@ def _cliques(order: Sequence[str], p: Mapping[tuple[str, str], float], alpha: fl
     reached = 0
     for start in range(len(order)):
         end = start + 1
-        while end < len(order) and all(p[m, order[end]] >= alpha for m in order[start:end]):
+        while end < len(order) and not any(p[m, order[end]] < alpha for m in order[start:end]):
             end += 1
         if end - start >= 2 and end > reached:
             found.append(list(order[start:end]))

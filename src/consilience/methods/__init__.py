@@ -20,6 +20,13 @@ _WHERE = {
     "fedyogi": ("fedopt", "FedYogi"),
     "scaffold": ("scaffold", "Scaffold"),
     "moon": ("moon", "Moon"),
+    "fedau": ("fedau", "FedAU"),
+    "fedasync": ("fedasync", "FedAsync"),
+    "fedbuff": ("fedbuff", "FedBuff"),
+    "fedfix": ("fedfix", "FedFix"),
+    "fedasmu": ("fedasmu", "FedASMU"),
+    "fedcompass": ("fedcompass", "FedCompass"),
+    "dpsgd": ("dpsgd", "DPSGD"),
 }
 
 NAMES = tuple(_WHERE)

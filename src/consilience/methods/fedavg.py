@@ -27,3 +27,4 @@ class FedAvg(Method):
     family = "baseline"
     source = "McMahan et al., AISTATS"
     year = 2017
+    sums = Method.means

@@ -17,7 +17,7 @@ from consilience.core.messages import Reply
 from consilience.core.method import Method, Phase, keep_buffers
 from consilience.core.model import Params, Weights
 from consilience.core.site import Host
-from consilience.core.training import option
+from consilience.core.training import Search, option
 from consilience.core.tree import record
 
 
@@ -50,9 +50,10 @@ class FedAvgM(Method):
     family = "server optimiser"
     source = "Hsu et al."
     year = 2019
+    sums = Method.means
 
-    server_lr: Annotated[float, Gt(0)] = option(1.0, "server step size eta_g")
-    server_momentum: Annotated[float, Ge(0), Lt(1)] = option(0.9, "beta")
+    server_lr: Annotated[float, Gt(0)] = option(1.0, "server step size eta_g", Search(0.1, 10.0))
+    server_momentum: Annotated[float, Ge(0), Lt(1)] = option(0.9, "beta", Search(0.0, 0.99, log=False))
     form: Literal["model", "delta"] = option("delta", "clients send differences")
 
     def check(self) -> None:
@@ -101,10 +102,11 @@ class _Adaptive(Method):
     family = "server optimiser"
     source = "Reddi et al., ICLR"
     year = 2021
+    sums = Method.means
 
-    server_lr: Annotated[float, Gt(0)] = option(0.03, "server step size eta_g")
+    server_lr: Annotated[float, Gt(0)] = option(0.03, "server step size eta_g", Search(1e-3, 1.0))
     beta_1: Annotated[float, Ge(0), Lt(1)] = option(0.9, "decay of the first moment")
-    tau: Annotated[float, Gt(0)] = option(1e-3, "degree of adaptivity")
+    tau: Annotated[float, Gt(0)] = option(1e-3, "degree of adaptivity", Search(1e-5, 1e-1))
     form: Literal["model", "delta"] = option("delta", "clients send differences")
 
     def check(self) -> None:
@@ -153,7 +155,7 @@ class FedAdagrad(_Adaptive):
     __doc__ = _explained("v <- v + Delta^2.")
     name = "fedadagrad"
 
-    server_lr: Annotated[float, Gt(0)] = option(0.1, "server step size eta_g")
+    server_lr: Annotated[float, Gt(0)] = option(0.1, "server step size eta_g", Search(1e-3, 1.0))
     beta_1: Annotated[float, Ge(0), Lt(1)] = option(0.0, "decay of the first moment (0 in the paper)")
 
     def second(self, v: torch.Tensor, square: torch.Tensor) -> torch.Tensor:

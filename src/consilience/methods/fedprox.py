@@ -8,10 +8,10 @@ from typing import Annotated
 from annotated_types import Ge, Le
 
 from consilience.core.fit import Batch, Grad, Plan, n_steps
-from consilience.core.method import Method
+from consilience.core.method import Method, Phase
 from consilience.core.model import Params
 from consilience.core.site import Site
-from consilience.core.training import option
+from consilience.core.training import Search, option
 from consilience.core.tree import Tree
 from consilience.parts.losses import proximal
 
@@ -38,9 +38,14 @@ class FedProx(Method):
     family = "skewed data"
     source = "Li et al., MLSys"
     year = 2020
+    sums = Method.means
 
-    mu: Annotated[float, Ge(0)] = option(0.01, "weight of the proximal term")
+    mu: Annotated[float, Ge(0)] = option(0.01, "weight of the proximal term", Search(1e-3, 1.0))
     stragglers: Annotated[float, Ge(0), Le(1)] = option(0.0, "share of clients that do only part of the work")
+
+    def least_samples(self, phase: Phase, rows: int, steps: int | None) -> int:
+        """One training, or a straggler's first step."""
+        return min(rows, self.batch_size) if self.stragglers else self.one_fit(rows, steps)
 
     def plan(self, site: Site, message: Tree, state: Tree) -> Plan:
         """The proximal step, and less of it for stragglers."""

@@ -30,6 +30,10 @@ class Local(Method):
     year = 2017
     needs = Needs(same_architecture=False)
 
+    def least_samples(self, phase: Phase, rows: int, steps: int | None) -> int:
+        """One training."""
+        return self.one_fit(rows, steps)
+
     def init_server(self, host: Host) -> Tree:
         """Nothing."""
         return None

@@ -10,10 +10,11 @@ from annotated_types import Ge, Gt
 from torch import Tensor
 
 from consilience.core.fit import Batch, Models, Plan
+from consilience.core.messages import DeltaUpdate, ModelUpdate
 from consilience.core.method import Method, Needs, Phase
 from consilience.core.model import Weights
 from consilience.core.site import Site
-from consilience.core.training import option
+from consilience.core.training import Search, option
 from consilience.core.tree import Tree
 from consilience.parts.losses import model_contrast
 
@@ -37,15 +38,21 @@ class Moon(Method):
     family = "skewed data"
     source = "Li et al., CVPR"
     year = 2021
+    sums = Method.means
     needs = Needs(split_model=True, classification=True, loss=True)
+    unstacked = "the loss looks at two more networks, which are each client's own"
 
-    mu: Annotated[float, Ge(0)] = option(1.0, "weight of the contrastive term")
+    mu: Annotated[float, Ge(0)] = option(1.0, "weight of the contrastive term", Search(0.1, 10.0))
     temperature: Annotated[float, Gt(0)] = option(0.5, "T")
 
     def client_update(self, phase: Phase, site: Site, message: Tree, state: Weights | None) -> tuple[Tree, Tree]:
         """Train with the contrast, remember the result."""
         fit = self.train(site, message, state)
         return self.pack(message.model, fit.weights), fit.weights
+
+    def sends(self) -> type:
+        """Models or differences, as FedAvg."""
+        return ModelUpdate if self.form == "model" else DeltaUpdate
 
     def plan(self, site: Site, message: Tree, state: Weights | None) -> Plan:
         """Cross-entropy plus contrast."""

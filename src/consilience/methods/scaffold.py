@@ -17,7 +17,7 @@ from consilience.core.model import Params, Weights
 from consilience.core.predict import Net, Predictor
 from consilience.core.reduce import weighted_sum
 from consilience.core.site import Host, Site
-from consilience.core.training import option
+from consilience.core.training import Search, option
 from consilience.core.tree import record
 
 
@@ -85,14 +85,23 @@ class Scaffold(Method):
     source = "Karimireddy et al., ICML"
     year = 2020
 
-    server_lr: Annotated[float, Gt(0)] = option(1.0, "server step size eta_g")
+    server_lr: Annotated[float, Gt(0)] = option(1.0, "server step size eta_g", Search(0.1, 2.0))
     control: Literal["1", "2"] = option("2", "how c_i is renewed: option 1 or 2 of the paper")
     weights: Literal["samples", "uniform"] = option("uniform", "a client's weight (uniform in the paper)")
     form: Literal["delta"] = option("delta", "clients send differences")
 
+    def least_samples(self, phase: Phase, rows: int, steps: int | None) -> int:
+        """One training."""
+        return self.one_fit(rows, steps)
+
     def sends(self) -> type:
         """See :class:`Up`."""
         return Up
+
+    def sums(self, asked: Sequence[Reply]) -> dict[str, Sequence[float]]:
+        """Means of differences and buffers, the plain sum of the controls' changes."""
+        shares = self.shares(asked)
+        return {"delta": shares, "control": [1.0] * len(asked), "buffers": shares}
 
     def init_server(self, host: Host) -> Server:
         """c = 0."""
@@ -139,9 +148,9 @@ class Scaffold(Method):
         """Move x by the mean difference, c by the changes over N."""
         shares = self.shares(replies)
         params = tr.axpy(self.server_lr, self.mean_delta(replies, shares), server.model.params)
-        change = weighted_sum([reply.update.control for reply in replies], [1 / host.clients] * len(replies))
+        change = weighted_sum([reply.update.control for reply in replies], [1.0] * len(replies))
         model = keep_buffers(Weights(params, self.mean_buffers(replies, shares)), server.model)
-        return Server(model, tr.add(server.control, change))
+        return Server(model, tr.axpy(1 / host.clients, change, server.control))
 
     def trained_model(self, site: Site, message: Down, update: Up, state: Params) -> Predictor:
         """x + (y_i - x)."""

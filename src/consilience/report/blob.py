@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from consilience.measure.statistics import t_interval
 from consilience.report.facts import SLOTS, Dot, Entry, Facts
+from consilience.report.groups import plane_blob
 from consilience.report.words import Unit, byte_unit, count_unit, time_unit
 
 POINTS = 200
@@ -194,7 +195,7 @@ def partitions(facts: Facts) -> list[tuple[int, Mapping[str, Any]]]:
     found: list[tuple[int, Mapping[str, Any]]] = []
     for seed in facts.seeds if facts.drawn else ():
         federation = next(run.federation for run in facts.runs if run.seed == seed)
-        if not any(f.get("counts") == federation.get("counts") and f["sizes"] == federation["sizes"] for _, f in found):
+        if not any(all(f.get(key) == federation.get(key) for key in ("counts", "sizes")) for _, f in found):
             found.append((seed, federation))
     return found
 
@@ -215,7 +216,9 @@ def client_order(federation: Mapping[str, Any]) -> list[int]:
 
 
 def federation_blob(facts: Facts) -> list[dict[str, Any]]:
-    """Who holds what, for every seed's partition."""
+    """Who holds what, for every seed's partition; nothing where there are too many clients to draw."""
+    if "sizes" not in facts.federation:
+        return []
     return [
         {
             "seed": seed,
@@ -256,5 +259,6 @@ def page_blob(facts: Facts) -> str:
         "curves": curves_blob(facts),
         "strip": strip_blob(facts),
         "federation": federation_blob(facts),
+        "plane": plane_blob(facts),
     }
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -13,7 +13,10 @@ from string import Template
 
 from consilience.report import answer
 from consilience.report.blob import page_blob
+from consilience.report.certainty import certainty_section
+from consilience.report.devices import devices_section
 from consilience.report.facts import Facts, gather
+from consilience.report.groups import groups_section
 from consilience.report.leaderboard import leaderboard_section
 from consilience.report.sections import (
     answer_section,
@@ -24,14 +27,22 @@ from consilience.report.sections import (
     reproduce_section,
     subject,
 )
+from consilience.report.targets import target_section
+from consilience.report.timeline import timelines
+from consilience.report.tuned import read_tuning, tuning_section
 
 SECTIONS: list[tuple[str, str, Callable[[Facts, int], str]]] = [
     ("answer", "Answer", answer_section),
     ("leaderboard", "Leaderboard", leaderboard_section),
+    ("certainty", "How sure", certainty_section),
     ("curves", "Learning curves", curves_section),
+    ("target", "Cost to reach the target", target_section),
     ("clients", "Who gains, who loses", clients_section),
+    ("groups", "Fairness between groups", groups_section),
     ("federation", "The federation", federation_section),
+    ("devices", "Devices and time", devices_section),
     ("cost", "Cost", cost_section),
+    ("tuning", "Tuning", tuning_section),
     ("reproduce", "Reproduce", reproduce_section),
 ]
 
@@ -39,9 +50,12 @@ SECTIONS: list[tuple[str, str, Callable[[Facts, int], str]]] = [
 def write_report(folder: Path | str) -> Path:
     """Write ``report.html`` into the folder of a run or a comparison; the old one stays until the new one is whole."""
     folder = Path(folder)
-    page = render(gather(folder))
-    target = folder / "report.html"
-    handle, name = tempfile.mkstemp(dir=folder, prefix=".report-", suffix=".html")
+    return save(folder / "report.html", render(gather(folder)))
+
+
+def save(target: Path, page: str) -> Path:
+    """Write a page; the old one stays until the new one is whole."""
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=".report-", suffix=".html")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(page)
@@ -55,24 +69,49 @@ def write_report(folder: Path | str) -> Path:
     return target
 
 
+def asset(name: str) -> str:
+    """The text of a file that pages are made of."""
+    return (files("consilience.report") / "assets" / name).read_text("utf-8")
+
+
+def frame(title: str, about: str, contents: Sequence[tuple[str, str]], sections: str, **more: str) -> str:
+    """A whole page. title: in HTML. about: what it is about. contents: anchors and names of its ``sections``.
+
+    more: ``key`` (HTML under the contents), ``blob`` (JSON without ``<``) and ``script``, each empty if not given.
+    """
+    return Template(asset("page.html")).substitute(
+        title=title,
+        css=asset("page.css"),
+        subject=about,
+        contents="".join(
+            f'<li><a href="#{anchor}"><span>{i}</span>{name}</a></li>' for i, (anchor, name) in enumerate(contents, 1)
+        ),
+        sections=sections,
+        key=more.get("key", ""),
+        blob=more.get("blob", "{}"),
+        script=asset("frame.js") + more.get("script", ""),
+    )
+
+
 def render(facts: Facts) -> str:
     """The page as text."""
-    assets = files("consilience.report") / "assets"
     alone = len(facts.entries) == 1
-    left_out = {"leaderboard"} if alone and len(facts.seeds) == 1 else set[str]()
-    if not facts.drawn:
-        left_out.add("federation")
-    shown = [s for s in SECTIONS if s[0] not in left_out]
+    absent = {
+        "leaderboard": alone and len(facts.seeds) == 1,
+        "certainty": alone,
+        "target": facts.compare.get("target") is None,
+        "tuning": read_tuning(facts.folder) is None,
+        "devices": not timelines(facts),
+        "federation": "sizes" not in facts.federation,  # too many clients to draw
+    }
+    shown = [s for s in SECTIONS if not absent.get(s[0])]
     title = re.sub(r"<[^>]*>", "", answer.first(facts)).partition(":")[0]
-    return Template((assets / "page.html").read_text("utf-8")).substitute(
-        title=f"{title} · {escape(str(facts.federation.get('name', '')))} · Consilience",
-        css=(assets / "page.css").read_text("utf-8"),
-        subject=subject(facts),
-        contents="".join(
-            f'<li><a href="#{anchor}"><span>{i}</span>{name}</a></li>' for i, (anchor, name, _) in enumerate(shown, 1)
-        ),
-        sections="".join(make(facts, i) for i, (_, _, make) in enumerate(shown, 1)),
-        key="" if alone else (assets / "key.html").read_text("utf-8"),
+    return frame(
+        f"{title} · {escape(str(facts.federation.get('name', '')))} · Consilience",
+        subject(facts),
+        [(anchor, name) for anchor, name, _ in shown],
+        "".join(make(facts, i) for i, (_, _, make) in enumerate(shown, 1)),
+        key="" if alone else asset("key.html"),
         blob=page_blob(facts),
-        script=(assets / "page.js").read_text("utf-8"),
+        script=asset("page.js"),
     )

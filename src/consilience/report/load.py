@@ -13,6 +13,8 @@ from consilience.core.errors import DataError
 
 NEEDED = ("round", "wall_s", "virtual_s", "bytes_up", "bytes_down", "samples")
 """What every line of ``history.jsonl`` has."""
+TIMES = ("wait", "download", "compute", "upload", "steps", "staleness")
+"""What every line of ``timeline.jsonl`` has, beside who, when and what became of it."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,19 @@ class RunFolder:
         """The lines of ``clients.jsonl``; none if clients were never evaluated."""
         path = self.path / "clients.jsonl"
         return _lines(path, ("round", "client")) if path.is_file() else []
+
+    @cached_property
+    def timeline(self) -> list[dict[str, Any]]:
+        """The lines of ``timeline.jsonl``; none if no virtual time was simulated."""
+        path = self.path / "timeline.jsonl"
+        return _lines(path, ("client", "state", "start", "end", *TIMES)) if path.is_file() else []
+
+    @cached_property
+    def fleet(self) -> dict[str, Any]:
+        """What ``fleet.json`` says; nothing before a run is finished."""
+        path = self.path / "fleet.json"
+        found = _json(path) if path.is_file() else {}
+        return found if isinstance(found, dict) else {}
 
 
 def read_runs(path: Path | str) -> list[RunFolder]:

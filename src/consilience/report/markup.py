@@ -96,6 +96,21 @@ def details(summary: str, inner: str) -> str:
     return f"<details><summary>{escape(summary)}</summary>{inner}</details>"
 
 
+def radios(name: str, legend: str, options: Sequence[tuple[str, str]]) -> str:
+    """A switch made of native radio buttons, the first one chosen; nothing to switch, nothing shown."""
+    if len(options) < 2:
+        return ""
+    inputs = "".join(
+        f'<label><input type="radio" name="{name}" value="{escape(value)}"{"" if i else " checked"}>'
+        f"<span>{escape(text)}</span></label>"
+        for i, (value, text) in enumerate(options)
+    )
+    return (
+        f'<fieldset class="seg" data-state="{name}"><legend>{legend}</legend>'
+        f'<div class="opts">{inputs}</div></fieldset>'
+    )
+
+
 def empty(text: str) -> str:
     """What a section shows when it has nothing: what is missing and what to add."""
     return f'<p class="empty">{text}</p>'

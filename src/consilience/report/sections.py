@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from typing import Any
 
 from consilience.report import answer
 from consilience.report.blob import HEAT, Point, axes, client_order, curve, measures, partitions, strip_blob
+from consilience.report.evenness import evenness_table
 from consilience.report.facts import Dot, Entry, Facts, held, unfinished
-from consilience.report.markup import Cell, Column, details, empty, mark, named, note, section, table
+from consilience.report.markup import Cell, Column, details, empty, mark, named, note, radios, section, table
 from consilience.report.words import NBSP, NONE, plural
 
 ROWS = 200
@@ -31,21 +32,6 @@ def answer_section(facts: Facts, number: int) -> str:
     return (
         f'<section id="answer" aria-labelledby="answer-h"><p class="question">{answer.question(facts)}</p>'
         f'<h1 class="answer" id="answer-h">{text}</h1>{box}{waiting}</section>\n'
-    )
-
-
-def radios(name: str, legend: str, options: Sequence[tuple[str, str]]) -> str:
-    """A switch made of native radio buttons, the first one chosen; nothing to switch, nothing shown."""
-    if len(options) < 2:
-        return ""
-    inputs = "".join(
-        f'<label><input type="radio" name="{name}" value="{escape(value)}"{"" if i else " checked"}>'
-        f"<span>{escape(text)}</span></label>"
-        for i, (value, text) in enumerate(options)
-    )
-    return (
-        f'<fieldset class="seg" data-state="{name}"><legend>{legend}</legend>'
-        f'<div class="opts">{inputs}</div></fieldset>'
     )
 
 
@@ -128,7 +114,7 @@ def clients_section(facts: Facts, number: int) -> str:
             )
     inner = (
         f"{intro}<figure><figcaption>{caption}</figcaption>"
-        f'<div class="plot" id="strip"></div></figure>{_clients_table(facts)}'
+        f'<div class="plot" id="strip"></div></figure>{evenness_table(facts)}{_clients_table(facts)}'
     )
     return section("clients", number, title, answer.clients_finding(facts), inner)
 
@@ -142,7 +128,7 @@ def _clients_table(facts: Facts) -> str:
     keys = sorted({key for of in by.values() for key in of})
     keys.sort(key=lambda key: lead[key].value * (-1 if facts.lower and local is None else 1) if key in lead else 0.0)
     alone = {(d.seed, d.client): d.value for d in local.accuracies(facts.lower)} if local is not None else {}
-    sizes = {run.seed: run.federation.get("sizes") or [] for run in facts.runs}
+    sizes = {run.seed: run.federation.get("sizes") or () for run in facts.runs}
     columns = [Column("Client", up=True)]
     if len(facts.seeds) > 1:
         columns.append(Column("Seed", up=True))

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from html import unescape
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from consilience.report.load import RunFolder
-from consilience.report.words import NONE, Scale, byte_unit, count_unit, plural, time_unit
+from consilience.report.words import NONE, Scale, Unit, byte_unit, count_unit, plural, time_unit
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import TaskID
     from rich.table import Table
+
+
+def _method_column(table: Table, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Labels of up to 20 letters stand in one line; a longer one folds before any number does."""
+    longest = max((len(str(row["method"])) for row in rows), default=0)
+    table.add_column("Method", overflow="fold", min_width=min(longest, 20))
+
+
+def _in_two(head: str) -> str:
+    """A heading of two words in two lines, so that the table fits a narrow terminal."""
+    return head if head == "95 % CI" else head.replace(" ", "\n", 1)
 
 
 def _grid(title: str, header: bool = True) -> Table:
@@ -40,13 +54,13 @@ def leaderboard_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     metric = "global model" if rows and rows[0]["metric"] == "global" else "client mean"
     unit = f" {scale.unit}" if scale.unit else ""
     table = _grid(f"{key.capitalize()} of the {metric}, mean over seeds")
-    table.add_column("Method", overflow="fold")  # a long label folds before any number does
+    _method_column(table, rows)
     both = not scale.lower and metric == "global model"
     heads = [f"{key.capitalize()}{unit}", "95 % CI", *(["Clients %"] if both else [])]
     heads += [] if scale.lower else ["Worst 10 %"]
     heads += [traffic.name, f"Wall {wall.name}", *([f"Virtual {virtual.name}"] if moved else []), "Seeds"]
     for head in heads:
-        table.add_column(head, justify="right", no_wrap=True)
+        table.add_column(_in_two(head), justify="right", no_wrap=True)
     for i, row in enumerate(rows):
         ci = row[f"{key}_ci"]
         cells = [scale.number(row[key]), f"{scale.number(ci[0])}…{scale.number(ci[1])}" if ci else NONE]
@@ -56,6 +70,83 @@ def leaderboard_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         if moved:
             cells.append(virtual.number(row["virtual_s"]))
         table.add_row(str(row["method"]), *cells, str(row["seeds"]), style="bold" if i == 0 and len(rows) > 1 else "")
+    return table
+
+
+def show_comparison(console: Console, rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """A comparison's table, the answer in words, and what was asked for beside it."""
+    console.print(leaderboard_table(rows))
+    if (folder / "ranks.json").is_file():
+        from consilience.report.overview import verdict_of
+
+        console.print(_wrapped(verdict_of(folder)), markup=False, highlight=False)
+        return
+    from consilience.report.answer import first
+    from consilience.report.certainty import differences_finding, reference_of
+    from consilience.report.facts import gather
+
+    facts = gather(folder)
+    said = [first(facts)]
+    if reference_of(facts) is not None and len(facts.seeds) > 1:
+        from consilience.measure.contrasts import differences
+
+        scores = {entry.label: entry.scores for entry in facts.entries}
+        said.append(differences_finding(facts, differences(scores, str(reference_of(facts)))))
+        console.print(difference_table(rows))
+    if facts.compare.get("target") is not None:
+        console.print(target_table(rows))
+    for sentence in said:
+        console.print(_wrapped(sentence), markup=False, highlight=False)
+
+
+def _wrapped(html: str) -> str:
+    """A sentence of the report as plain text."""
+    return unescape(re.sub(r"<[^>]*>", "", html))
+
+
+def difference_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Each method less the reference, with tests (Holm-corrected but for the first p) and the smallest p that sign
+    flips can give."""
+    scale = Scale(bool(rows) and rows[0]["accuracy"] is None)
+    unit = f" {scale.points}" if scale.points else ""
+    table = _grid(f"Difference from {rows[0]['reference']}, paired by seed; p of a t-test and by sign flips")
+    _method_column(table, rows)
+    for head in (f"Difference{unit}", "95 % CI", "p", "Holm", "Flips", "Least"):
+        table.add_column(_in_two(head), justify="right", no_wrap=True)
+    for row in rows:
+        if row["difference"] is None:
+            continue
+        ci = row["difference_ci"]
+        cells = [scale.signed(row["difference"]), f"{scale.signed(ci[0])}…{scale.signed(ci[1])}" if ci else NONE]
+        ps = [row[key] for key in ("p", "p_holm", "p_exact_holm", "p_smallest")]
+        table.add_row(str(row["method"]), *cells, *(NONE if p is None else f"{p:.3f}" for p in ps))
+    return table
+
+
+def target_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """What reaching the target cost: medians over seeds, ">" where most runs did not get there."""
+    scale = Scale(bool(rows) and rows[0]["accuracy"] is None)
+    table = _grid(f"Cost to reach {scale.text(rows[0]['target'])}, median over seeds")
+    _method_column(table, rows)
+    known = [row for row in rows if row["to_target"]]
+
+    def largest(key: str) -> list[float]:
+        return [row["to_target"][key]["beyond"] for row in known]
+
+    units = {"rounds": Unit("rounds", 1, 0), "bytes": byte_unit(largest("bytes"))}
+    units |= {"samples": count_unit(largest("samples")), "wall_s": time_unit(largest("wall_s"))}
+    if any(largest("virtual_s")):
+        units["virtual_s"] = time_unit(largest("virtual_s"))
+    heads = {"rounds": "Rounds", "bytes": "Traffic", "samples": "Samples", "wall_s": "Wall", "virtual_s": "Virtual"}
+    for head in ("Reached", *(f"{heads[k]} {u.name if k != 'rounds' else ''}".strip() for k, u in units.items())):
+        table.add_column(_in_two(head), justify="right", no_wrap=True)
+    for row in known:
+        costs = [(row["to_target"][key], unit) for key, unit in units.items()]
+        cells = [
+            unit.number(c["median"]) if c["median"] is not None else f"> {unit.number(c['beyond'])}"
+            for c, unit in costs
+        ]
+        table.add_row(str(row["method"]), f"{row['reached']} of {row['seeds']}", *cells)
     return table
 
 
@@ -82,6 +173,10 @@ def run_summary(run: RunFolder) -> Table:
         value = last_of(run, *keys)
         if value is not None:
             table.add_row(title, scale.text(value))
+    for name in run.federation.get("sensitive") or ():
+        gap = last_of(run, "clients", "groups", name, "demographic_parity")
+        if gap is not None:
+            table.add_row(f"Parity between groups by {name}", f"{accuracy.gap(gap)} apart")
     for title, key, unit in (
         ("Bytes up", "bytes_up", byte_unit),
         ("Bytes down", "bytes_down", byte_unit),

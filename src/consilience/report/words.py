@@ -31,6 +31,11 @@ NAMES = {
     "ifca": "IFCA",
     "ditto": "Ditto",
     "dpsgd": "D-PSGD",
+    "fedau": "FedAU",
+    "fedasync": "FedAsync",
+    "fedbuff": "FedBuff",
+    "fedfix": "FedFix",
+    "fedcompass": "FedCompass",
     "apfl": "APFL",
     "pfedme": "pFedMe",
 }

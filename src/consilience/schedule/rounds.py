@@ -11,7 +11,10 @@ from consilience.core.tree import Tree
 
 @dataclass(frozen=True)
 class Rounds:
-    """Synchronous rounds. Nothing to remember: a round is over when nothing is in flight."""
+    """Synchronous rounds. Nothing to remember: a round is over when nothing is in flight.
+
+    Of a cohort only those are asked that are online; when nobody is, the round begins with whoever comes first.
+    """
 
     def init(self) -> Tree:
         """No state."""
@@ -23,4 +26,5 @@ class Rounds:
             return Decision(state)
         if view.arrived:
             return Decision(state, admit=[[reply.job.id for reply in view.arrived]])
-        return Decision(state, start=[Start(client) for client in view.draw(view.cohort)])
+        start = [Start(client) for client in view.draw(view.cohort)]
+        return Decision(state, start=start, watch=not start)

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from consilience.core import tree as tr
-from consilience.core.messages import Kind, Reply, kinds
+from consilience.core.messages import Kind, Refusal, Reply, kinds
 from consilience.core.model import Params, Weights
-from consilience.core.run import Refusal
 from consilience.core.site import Place
 from consilience.core.tree import Tree
 
@@ -30,21 +29,21 @@ class Validation:
         good: list[Reply] = []
         bad: list[Refusal] = []
         for reply in replies:
-            wrong = self._wrong(reply)
+            wrong = self.wrong(reply.job.client, reply.update)
             if wrong is None:
                 good.append(reply)
             else:
                 bad.append(Refusal(reply.job.client, *wrong))
         return good, bad
 
-    def _wrong(self, reply: Reply) -> tuple[str, str] | None:
-        update = reply.update
+    def wrong(self, client: int, update: Tree) -> tuple[str, str] | None:
+        """The first thing that is wrong with a client's update, as (field, reason)."""
         wanted = self._place.method.sends()
         if wanted is not None and type(update) is not wanted:
             return "update", f"is {type(update).__name__}, not {wanted.__name__}"
         if tr.is_record(update):
             for name, kind in kinds(type(update)).items():
-                found = self._misfit(getattr(update, name), kind, reply.job.client)
+                found = self._misfit(getattr(update, name), kind, client)
                 if found is not None:
                     return f"{name}.{found[0]}", found[1]
         if all(map(_finite, tr.leaves(update))):

@@ -75,7 +75,7 @@ function emphasise(id) {
   });
 }
 document.addEventListener('click', e => {
-  const key = e.target.closest('[data-keys] button'), quick = e.target.closest('[data-quick]'), copy = e.target.closest('[data-copy]');
+  const key = e.target.closest('[data-keys] button'), quick = e.target.closest('[data-quick]');
   if (key) {
     const id = key.dataset.m;
     if (!state.hidden.delete(id)) state.hidden.add(id);
@@ -85,11 +85,6 @@ document.addEventListener('click', e => {
   if (quick) {
     state.hidden = new Set(quick.dataset.quick === 'all' ? [] : METHODS.filter(m => !m.ref && m.slot > 2).map(m => m.id));
     keys(); charts();
-  }
-  if (copy) {
-    const source = $('#' + copy.dataset.copy), done = t => { copy.textContent = t; setTimeout(() => { copy.textContent = 'Copy'; }, 1600); };
-    const select = () => { const r = document.createRange(); r.selectNodeContents(source); const s = getSelection(); s.removeAllRanges(); s.addRange(r); done('Selected'); };
-    if (navigator.clipboard) navigator.clipboard.writeText(source.textContent).then(() => done('Copied'), select); else select();
   }
 });
 const onKey = e => e.target.closest && e.target.closest('[data-keys] button');
@@ -276,17 +271,40 @@ function federation() {
   if (most) most.textContent = `${(100 * top).toFixed(0)} %`;
 }
 
-/* ---------- tables, controls, theme, print ---------- */
-$$('table.sortable').forEach(table => $$('thead button', table).forEach(button => button.addEventListener('click', () => {
-  const th = button.closest('th'), i = [...th.parentNode.children].indexOf(th), now = th.getAttribute('aria-sort');
-  const dir = now ? (now === 'ascending' ? 'descending' : 'ascending') : button.dataset.dir === 'asc' ? 'ascending' : 'descending', k = dir === 'ascending' ? 1 : -1;
-  $$('thead [aria-sort]', table).forEach(h => h.removeAttribute('aria-sort'));
-  th.setAttribute('aria-sort', dir);
-  const value = row => { const raw = row.children[i].dataset.v ?? row.children[i].textContent; return raw === '' ? Infinity * k : isNaN(raw.replace(/,/g, '')) ? raw : +raw.replace(/,/g, ''); };
-  const body = table.tBodies[0];
-  [...body.rows].map((r, j) => [value(r), j, r]).sort((p, q) => (p[0] < q[0] ? -1 : p[0] > q[0] ? 1 : 0) * k || p[1] - q[1]).forEach(r => body.append(r[2]));
-  if (table.classList.contains('lb')) table.dataset.sorted = i === 0 && dir === 'ascending' ? 'rank' : 'other';
-})));
+/* ---------- the fairness plane: accuracy against what predictions tell about the group ---------- */
+function plane() {
+  const el = $('#plane');
+  if (!el) return;
+  const names = Object.keys(D.plane), F = D.plane[state.attr] || D.plane[names[0]], list = shown().filter(m => F.dots[m.id]);
+  const w = width(el), narrow = w < 620, gap = 56, pw = narrow ? w : (w - gap) / 2, ph = printing ? 240 : narrow ? 270 : 330, ml = 40, mr = 14, mt = 30, mb = 44;
+  const panels = [['global', 0, 'Over everybody'], ['local', 1, 'Within clients']], curves = a => Object.entries(F.curves[a] || {});
+  const ys = list.map(m => F.dots[m.id][2]).concat(panels.flatMap(([a]) => curves(a).flatMap(([, c]) => c.map(p => p[1]))));
+  if (!ys.length) { el.innerHTML = '<p class="empty">No method with counts by group is shown.</p>'; return; }
+  const low0 = Math.min(...ys), high0 = Math.max(...ys), pad = .08 * (high0 - low0) || 1, low = Math.max(0, low0 - pad), high = Math.min(100.5, high0 + pad);
+  let s = '';
+  panels.forEach(([along, k, title], i) => {
+    const x0 = narrow ? 0 : i * (pw + gap), y0 = narrow ? i * (ph + 18) : 0, left = x0 + ml, right = x0 + pw - mr, bottom = y0 + ph - mb, top = y0 + mt;
+    const most = Math.max(1e-6, ...list.map(m => F.dots[m.id][k]), ...curves(along).flatMap(([, c]) => c.map(p => p[0]))) * 1.05;
+    const px = v => left + (right - left) * v / most, py = v => top + (bottom - top) * (high - v) / (high - low), yTicks = ticks(low, high, 6), digits = digitsOf(yTicks);
+    s += text(left, y0 + 14, title, 'class="lab-ink" font-weight="600"');
+    yTicks.forEach(t => { s += line(left, py(t), right, py(t), 'class="gridl"') + text(left - 7, py(t) + 4, num(t, digits), 'text-anchor="end"'); });
+    s += line(left, bottom, right, bottom, 'class="axisl"');
+    const xTicks = ticks(0, most, 5), xd = digitsOf(xTicks);
+    xTicks.forEach(t => { s += line(px(t), bottom, px(t), bottom + 4, 'class="axisl"') + text(px(t), bottom + 18, num(t, xd), 'text-anchor="middle"'); });
+    s += text((left + right) / 2, bottom + 36, 'Told about the group, thousandths of a bit', 'text-anchor="middle"');
+    curves(along).forEach(([of, c]) => {
+      const far = c[c.length - 1], path = c.map(p => `${px(p[0]).toFixed(1)} ${py(p[1]).toFixed(1)}`).join('L');
+      s += `<path d="M${path}L${right.toFixed(1)} ${py(far[1]).toFixed(1)}" fill="none" stroke="var(--ink2)" stroke-width="${of === 'oracle' ? 2 : 1.4}"${of === 'oracle' ? '' : ' stroke-dasharray="5 4"'}><title>${of === 'oracle' ? 'No method can be above this' : 'Any relabelling of the best method'}</title></path>`;
+    });
+    list.slice().reverse().forEach(m => {
+      const d = F.dots[m.id];
+      s += group(m, mark(m, px(d[k]), py(d[2]), 5) + `<title>${esc(m.name)}: ${num(d[2], 1)} % at ${num(d[k], 2)} mbit</title>`);
+    });
+  });
+  frame(el, w, narrow ? 2 * ph + 18 : ph, s, 'Accuracy against what predictions tell about the group, over everybody and within clients. ' + list.map(m => `${m.name}: ${num(F.dots[m.id][2], 1)} % at ${num(F.dots[m.id][0], 2)} and ${num(F.dots[m.id][1], 2)} thousandths of a bit`).join(', ') + '.');
+}
+
+/* ---------- controls, print ---------- */
 $$('fieldset[data-state]').forEach(f => f.addEventListener('change', e => {
   state[f.dataset.state] = f.dataset.state === 'fs' ? +e.target.value : e.target.value;
   if (f.dataset.state === 'x') rewind();
@@ -306,14 +324,7 @@ if ($('#strip')) $('#strip').addEventListener('click', e => {
   const k = e.target.dataset && e.target.dataset.k;
   if (k !== undefined) { state.traced = state.traced === k ? null : k; strip(); }
 });
-const theme = $('#theme'), root = document.documentElement;
-theme.value = root.dataset.theme || 'auto';
-theme.addEventListener('change', () => {
-  if (theme.value === 'auto') delete root.dataset.theme; else root.dataset.theme = theme.value;
-  try { localStorage.setItem('consilience-theme', theme.value); } catch (e) { /* a page from a file may not remember */ }
-});
-$('#print').addEventListener('click', () => print());
-function charts() { curves(); strip(); federation(); if (state.focus) emphasise(state.focus); }
+function charts() { curves(); strip(); plane(); federation(); if (state.focus) emphasise(state.focus); }
 addEventListener('beforeprint', () => { printing = true; charts(); });
 addEventListener('afterprint', () => { printing = false; charts(); });
 let drawn = 0;
@@ -321,10 +332,6 @@ new ResizeObserver(() => { /* the head's width changes with the window, and noth
   const w = $('main').clientWidth;
   if (!printing && Math.abs(w - drawn) > 2) { drawn = w; charts(); }
 }).observe($('.top'));
-const watch = new IntersectionObserver(seen => seen.forEach(e => {
-  if (e.isIntersecting) $$('.rail li a').forEach(a => { if (a.getAttribute('href') === '#' + e.target.id) a.setAttribute('aria-current', 'true'); else a.removeAttribute('aria-current'); });
-}), {rootMargin: '0px 0px -75% 0px'});
-$$('main section').forEach(s => watch.observe(s));
 keys();
 charts();
 })();

@@ -1,0 +1,88 @@
+"""Trials are judged by validation rows, all of them, and by nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from consilience import experiment
+from consilience.config import settle
+from consilience.core.errors import ConfigError
+from consilience.data.federation import ArrayFederation
+from consilience.methods.fedavg import FedAvg
+from consilience.methods.local import Local
+from consilience.simulate import run
+from consilience.tuning import Objective, space, tune, validation_score
+
+OPTIONS = {"clients": 4, "rounds": 2, "model": "mlp:16", "executor": "serial", "partition": "dirichlet:0.3"}
+
+
+def federation() -> ArrayFederation:
+    made = experiment.make_federation(settle(OPTIONS).config)
+    assert isinstance(made, ArrayFederation)
+    return made
+
+
+@pytest.mark.parametrize("method", [FedAvg(), Local()])
+def test_the_score_is_that_of_a_loop_over_validation_rows(method: FedAvg | Local) -> None:
+    fed = federation()
+    result = run(method, fed, model="mlp:16", rounds=2, executor="serial")
+    right, rows, shares = 0, 0, []
+    for client in range(4):
+        valid = fed.data(client).valid
+        if len(valid):
+            predictor = result.worker.deployed(result.server, client, result.states.get(client))
+            assert predictor is not None
+            scores = result.worker.host(2, "test").scores(predictor, valid.x)
+            hits = int((scores.argmax(1) == valid.y).sum())
+            right, rows = right + hits, rows + len(valid)
+            shares.append(hits / len(valid))
+    assert validation_score(result, Objective("clients.mean", False)) == pytest.approx(sum(shares) / len(shares))
+    if isinstance(method, FedAvg):
+        assert validation_score(result, Objective("global", False)) == pytest.approx(right / rows)
+
+
+def test_test_rows_do_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the labels of all test rows changed, every trial has the same value and the same one wins."""
+    pytest.importorskip("optuna")
+    specs = experiment.specs(settle({**OPTIONS, "seeds": 2}), ["fedavg", "fedprox"])
+    made = experiment.make_federation
+
+    def spoiled(config: object) -> ArrayFederation:
+        fed = made(config)  # type: ignore[arg-type]
+        y = fed.rows.y.clone()
+        for client in range(fed.n_clients):
+            _, _, start, stop = fed.partition.bounds[client].tolist()
+            y[start:stop] = (y[start:stop] + 1) % 10
+        test = None if fed.test is None else replace(fed.test, y=(fed.test.y + 1) % 10)
+        changed: ArrayFederation = replace(fed, rows=replace(fed.rows, y=y), test=test)
+        assert not torch.equal(changed.rows.y, fed.rows.y)
+        return changed
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    told: list[str] = []
+    first = tune(specs, 3, tmp_path / "a", told.append)
+    monkeypatch.setattr(experiment, "make_federation", spoiled)
+    second = tune(specs, 3, tmp_path / "b", lambda text: None)
+    assert (tmp_path / "a" / "tuning.json").read_text() == (tmp_path / "b" / "tuning.json").read_text()
+    assert [spec.options for spec in first] == [spec.options for spec in second]
+    assert len(told) == 6
+    assert {spec.config.seed for spec in first} == {0, 1}
+
+
+def test_what_is_searched() -> None:
+    plain, fixed = experiment.specs(settle(OPTIONS), ["fedprox", "fedprox:lr=0.1"])
+    assert set(space(plain)) == {"lr", "mu"}
+    assert set(space(fixed)) == {"mu"}
+
+
+def test_without_optuna_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(ConfigError, match=r"pip install 'consilience\[tune\]'"):
+        tune(experiment.specs(settle(OPTIONS), ["fedavg"]), 2, tmp_path, lambda text: None)
