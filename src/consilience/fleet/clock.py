@@ -24,7 +24,7 @@ from consilience.core.site import Place
 from consilience.core.streams import philox, torch_fork
 from consilience.fleet import device as devices_
 from consilience.fleet import profiles
-from consilience.fleet.availability import Availability, parse
+from consilience.fleet.availability import Always, Availability, parse
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -188,7 +188,7 @@ def make_fleet(
     devices = make_devices(fleet, federation, place.seed, correlation)
     labels = label_counts(federation) if ":labels" in availability else None
     when = parse(availability, federation.n_clients, place.seed, labels)
-    if not any(when.returns(int(c), 0.0, 0) < math.inf for c in federation.seen):
+    if not isinstance(when, Always) and not any(when.returns(int(c), 0.0, 0) < math.inf for c in federation.seen):
         raise ConfigError(f"--availability {availability}: no client that may train is ever online")
     work = {name: flops(architecture) for name, architecture in place.architectures.items()}
     of = [work[place.model_of(client)] for client in range(federation.n_clients)]
