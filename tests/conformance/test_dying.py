@@ -49,7 +49,10 @@ def test_every_method_goes_on_after_dying_anywhere(
     if name not in digests:
         digests[name] = run(CASES[name]).digest
     with monkeypatch.context() as patch:
-        patch.setenv("CONSILIENCE_FAILPOINT", f"{place}:{IN_PROCESS[place]}:raise")
+        saving = place.startswith(("checkpoint", "states"))
+        # its first three replies come, and are combined, at one instant: of its two checkpoints there is no third
+        count = 2 if saving and name == "fedcompass" else IN_PROCESS[place]
+        patch.setenv("CONSILIENCE_FAILPOINT", f"{place}:{count}:raise")
         try:
             result = run(CASES[name], out=tmp_path, client_state_memory=0)
         except failpoint.Died:
