@@ -34,7 +34,9 @@ def ids(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/quickstart.md", "docs/data.md", "docs/heterogeneity.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/quickstart.md", "docs/data.md", "docs/heterogeneity.md", "docs/files.md"]
+)
 def test_python_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = blocks(ROOT / name, "python")
     assert found

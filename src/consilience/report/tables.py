@@ -188,7 +188,7 @@ def _profile(found: Mapping[str, Any]) -> dict[str, list[Row]]:
 def _frame(rows: Sequence[Row]) -> pd.DataFrame:
     import pandas as pd
 
-    frame = pd.DataFrame(list(rows))
+    frame: pd.DataFrame = pd.DataFrame(list(rows))
     # a column without any value has a type all the same: parquet's readers stumble over one of nothing
     for name in frame.columns[frame.isna().all()]:
         frame[name] = frame[name].astype(float)
