@@ -43,6 +43,18 @@ def _memory(value: Any) -> str:
     return str(value)
 
 
+LOGGERS = ("tensorboard", "mlflow", "wandb")
+"""What a run's history can be passed on to."""
+
+
+def _loggers(value: Any) -> Any:
+    names = list(dict.fromkeys(_listed(value)))
+    for name in names:
+        if name not in LOGGERS:
+            raise ValueError(f"no logger '{name}'{nearest(str(name), LOGGERS)}")
+    return names
+
+
 Share = Annotated[int | float, BeforeValidator(_number)]
 Listed = Annotated[list[str], BeforeValidator(_listed)]
 
@@ -87,6 +99,9 @@ class Config(BaseModel):
         "1GB", description="clients' states to keep in memory; others go to files in the run's folder"
     )
     checkpoint_every: int = Field(10, ge=0, description="rounds between checkpoints; 0: only at the end")
+    log: Annotated[list[str], BeforeValidator(_loggers)] = Field(
+        [], description="pass the history on to tensorboard, mlflow, wandb (extras of these names)"
+    )
     out: str | None = Field(None, description="folder to write (runs/...)")
 
 

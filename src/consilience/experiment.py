@@ -120,9 +120,10 @@ def _timing(config: Config) -> dict[str, Any]:
 
 def check(spec: RunSpec, federation: Any) -> Any:
     """Refuse what cannot run, before anything is written; returns the worker, for planning."""
-    from consilience import methods
+    from consilience import loggers, methods
     from consilience.simulate import prepare, timing
 
+    loggers.check(spec.config.log)
     worker = prepare(methods.make(spec.method, spec.options), federation, **_arguments(spec, federation))
     timing(worker, participation=spec.config.participation, **_timing(spec.config))
     return worker
@@ -140,29 +141,37 @@ def execute(
 ) -> Any:
     """Do one run and return its Result. federation: the configuration's, if it has been made already."""
     from consilience import methods
+    from consilience.loggers import logging_to
     from consilience.simulate import run
 
     config = spec.config
     federation = federation or make_federation(config)
-    return run(
-        methods.make(spec.method, spec.options),
-        federation,
-        **_arguments(spec, federation),
-        rounds=config.rounds,
-        participation=config.participation,
-        **_timing(config),
-        eval_every=config.eval_every,
-        eval_clients_every=config.eval_clients_every,
-        eval_clients=config.eval_clients,
-        checkpoint_every=config.checkpoint_every,
-        executor=executor or config.executor,
-        workers=config.workers,
-        client_state_memory=config.client_state_memory,
-        out=folder,
-        resume=resume,
-        config=spec.file(command),
-        on_line=on_line,
-    )
+    with logging_to(config.log, folder, spec.file(command)) as log:
+
+        def told(line: dict[str, Any]) -> None:
+            log(line)
+            if on_line is not None:
+                on_line(line)
+
+        return run(
+            methods.make(spec.method, spec.options),
+            federation,
+            **_arguments(spec, federation),
+            rounds=config.rounds,
+            participation=config.participation,
+            **_timing(config),
+            eval_every=config.eval_every,
+            eval_clients_every=config.eval_clients_every,
+            eval_clients=config.eval_clients,
+            checkpoint_every=config.checkpoint_every,
+            executor=executor or config.executor,
+            workers=config.workers,
+            client_state_memory=config.client_state_memory,
+            out=folder,
+            resume=resume,
+            config=spec.file(command),
+            on_line=told,
+        )
 
 
 def trial(spec: RunSpec, federation: Any) -> Any:

@@ -34,7 +34,9 @@ def ids(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/quickstart.md", "docs/data.md", "docs/heterogeneity.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/quickstart.md", "docs/data.md", "docs/heterogeneity.md", "docs/api.md"]
+)
 def test_python_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = blocks(ROOT / name, "python")
     assert found
@@ -42,6 +44,29 @@ def test_python_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     space: dict[str, Any] = {"__name__": "page"}
     for _, text in found:
         exec(compile(text, name, "exec"), space)
+
+
+@pytest.mark.slow
+def test_the_tutorial_can_be_followed(tmp_path: Path) -> None:
+    """Its Python and its commands, in their order, with fewer rounds and seeds."""
+    text = (ROOT / "docs" / "tutorial.md").read_text("utf-8")
+    less = {"--rounds 30": "--rounds 2", "--seeds 10": "--seeds 2"}
+    done = 0
+    for match in BLOCK.finditer(text):
+        lines = match[3].splitlines() if match[1] == "console" else []
+        steps = [[sys.executable, "-c", match[3]]] if match[1] == "python" else []
+        for line in lines:
+            if line.startswith("$ "):
+                for many, few in less.items():
+                    line = line.replace(many, few)
+                steps.append([sys.executable, "-m", *shlex.split(line[2:])])
+        for step in steps:
+            ran = subprocess.run(step, cwd=tmp_path, text=True, capture_output=True, check=False)
+            assert ran.returncode == 0, (step, ran.stderr)
+            done += 1
+    assert done == 9
+    for file in ("risk.csv", "runs/ward/tables/leaderboard.tex", "runs/ward/fedadam-seed0/export/config.json"):
+        assert (tmp_path / file).is_file()
 
 
 def test_design_shows_the_real_interface() -> None:

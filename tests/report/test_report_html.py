@@ -308,7 +308,7 @@ def test_refuses_what_is_no_run(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def browse(page: Path, profile: Path, width: int, theme: str) -> tuple[str, str]:
+def browse(page: Path, profile: Path, width: int, theme: str, *more: str) -> tuple[str, str]:
     """The page as Chromium has it after its script ran, and what it complained about."""
     done = subprocess.run(
         [
@@ -316,6 +316,7 @@ def browse(page: Path, profile: Path, width: int, theme: str) -> tuple[str, str]
             *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
             *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
             *(f"--user-data-dir={profile}", f"--window-size={width},2000", "--enable-logging=stderr", "--dump-dom"),
+            *more,
             f"{page.as_uri()}?theme={theme}",
         ],
         capture_output=True,
@@ -399,6 +400,34 @@ def test_chromium_draws_it_without_an_error(
         assert drawn, plot
         assert "NaN" not in drawn[1]
     assert not re.search(r'(?:x|y|d|cx|cy|width|height|x1|y2|transform)="[^"]*(NaN|undefined|Infinity)', dom)
+
+
+MEASURE = """<script>addEventListener('load', () => {
+const W = document.documentElement.clientWidth, scrolls = '.scroll,pre,.opts,svg,.sr,details:not([open])';
+const wide = [...document.querySelectorAll('main *')].filter(e => !e.closest(scrolls) && e.getBoundingClientRect().right > W + 1);
+parent.postMessage(JSON.stringify([W, document.documentElement.scrollWidth, wide.map(e => e.tagName + '.' + e.className)]), '*');
+});</script></body>"""  # noqa: E501
+FRAME = "<script>addEventListener('message', e => { document.title = e.data; })</script><iframe src='%s' width='%d'>"
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on PATH")
+@pytest.mark.parametrize("width", [360, 400, 800, 1400])
+def test_nothing_is_wider_than_the_window(make_compare: Make, tmp_path: Path, width: int) -> None:
+    """In a frame, since Chromium's own windows have a least width."""
+    folder = make_compare(["local", "fedavg", "scaffold", "fedprox", "centralised"], 2)
+    for file in folder.glob("*/config.yaml"):
+        config = yaml.safe_load(file.read_text())
+        config["versions"]["platform"] = "Linux-6.18.44-some-name-of-a-kernel-x86_64-with-glibc2.36"
+        file.write_text(yaml.safe_dump(config))
+    page = write_report(folder)
+    (folder / "inner.html").write_text(page.read_text("utf-8").replace("</body>", MEASURE), "utf-8")
+    (folder / "outer.html").write_text(FRAME % ("inner.html", width))
+    dom, _ = browse(folder / "outer.html", tmp_path / "profile", 1500, "light", "--virtual-time-budget=5000")
+    title = re.search(r"<title>(.*?)</title>", dom)
+    assert title
+    inside, needed, wide = json.loads(unescape(title[1]))
+    assert inside > width - 20  # beside a scroll bar
+    assert (needed, wide) == (inside, [])
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium on PATH")

@@ -64,7 +64,7 @@ def _finding(best: tuple[Entry, Timeline]) -> str:
     if not never:
         heard = line.heard()
         low, high = min(heard.values()), max(heard.values())
-        return f"{named(entry)} heard every client, {low} to {high} times."
+        return f"{named(entry)} heard every client, {low if low == high else f'{low} to {high}'} times."
     lost = line.unheard_class()
     text = f"{named(entry)} never heard {len(never)} of {plural(clients, 'client')}"
     if lost is not None:
@@ -103,7 +103,9 @@ def _pictures(entry: Entry, line: Timeline) -> str:
     sample = "" if len(clients) == len(line.trained()) else f", {len(clients)} of {len(line.trained())} clients"
     gantt = (
         f"<figure><figcaption><b>Timeline of {named(entry)}</b>One row per client, slowest first{sample}{whole}. "
-        f"A cross: dropped out.</figcaption>{_key()}{_gantt(line, clients, until)}</figure>"
+        f"A cross: dropped out.</figcaption>{_key()}"
+        '<div class="scroll" role="region" aria-label="Timeline" tabindex="0"><div class="wide-only">'
+        f"{_gantt(line, clients, until)}</div></div></figure>"
     )
     pair = (
         f"<figure><figcaption><b>Staleness</b>Server updates between a client&rsquo;s download and its reply&rsquo;s "

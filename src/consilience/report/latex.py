@@ -49,14 +49,16 @@ def leaderboard(rows: Sequence[Mapping[str, Any]]) -> str:
     traffic, wall = byte_unit(r["bytes"] for r in rows), time_unit(r["wall_s"] for r in rows)
     virtual = time_unit(r["virtual_s"] for r in rows)
     moved, metric = any(r["virtual_s"] for r in rows), rows[0]["metric"] if rows else "global"
-    heads = ["Method", f"{key.capitalize()}{unit}", f"Clients{unit}", f"Worst 10 %{unit}"]
+    both = metric == "global"  # else the clients' mean is the score
+    heads = ["Method", f"{key.capitalize()}{unit}", *([f"Clients{unit}"] if both else []), f"Worst tenth{unit}"]
     heads += [f"Traffic ({traffic.name})", f"Wall ({wall.name})", *([f"Virtual ({virtual.name})"] if moved else [])]
     body = []
     for row in rows:
         score, ci = row[key], row[f"{key}_ci"]
         beside = f" ± {scale.number((ci[1] - ci[0]) / 2)}" if ci and _even(ci, score) else ""
         beside = beside or (f" ({scale.number(ci[0])}…{scale.number(ci[1])})" if ci else "")
-        cells = [str(row["method"]), scale.number(score) + beside, scale.number(row["clients_mean"])]
+        cells = [str(row["method"]), scale.number(score) + beside]
+        cells += [scale.number(row["clients_mean"])] if both else []
         cells += [scale.number(row["worst10"]), traffic.number(row["bytes"]) if row["bytes"] else NONE]
         body.append([*cells, wall.number(row["wall_s"]), *([virtual.number(row["virtual_s"])] if moved else [])])
     of = "the global model" if metric == "global" else "the mean over clients"

@@ -359,7 +359,9 @@ def _versions(facts: Facts) -> str:
         f'<tr><th scope="row">{escape(key.replace("_", " "))}</th><td class="l">{escape(", ".join(values))}</td></tr>'
         for key, values in found.items()
     )
-    return f'<table class="ct"><caption class="sr">Versions of the software.</caption><tbody>{rows}</tbody></table>'
+    return (
+        f'<table class="ct wrap"><caption class="sr">Versions of the software.</caption><tbody>{rows}</tbody></table>'
+    )
 
 
 def subject(facts: Facts) -> str:
