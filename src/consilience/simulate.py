@@ -200,7 +200,7 @@ def run(
     if recorder is not None:
         about = describe(found, federation, last.time) if isinstance(found, Fleet) else {}
         if worker.place.topology is not None:
-            about["topology"] = summary(topology, len(federation.seen), mixing, seed)
+            about["topology"] = summary(topology, federation.n_seen, mixing, seed)
         recorder.finish(last, about)
     return Result(method, History(keeper.lines), keeper.clients, last, worker, keeper.dropped, path, keeper.timeline)
 
@@ -353,7 +353,7 @@ def timing(
     **options: Any,
 ) -> tuple[Clock, Schedule]:
     """The clock and the schedule of a run, checked. options: of :func:`consilience.schedule.names.make`."""
-    method, clients = worker.method, len(worker.federation.seen)
+    method, clients = worker.method, worker.federation.n_seen
     if clock is None:
         clock = make_fleet(
             worker.place, worker.federation, fleet=fleet, availability=availability, correlation=fleet_correlation,

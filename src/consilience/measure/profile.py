@@ -124,7 +124,7 @@ def profile(federation: Federation, seed: int = 0) -> dict[str, Any]:
             "partition": str(federation.about.get("partition", "")),
             "seed": seed,
             "federation": {
-                "clients": len(federation.seen),
+                "clients": federation.n_seen,
                 "profiled": len(sample.ids),
                 "rows": int(sample.sizes.sum()),
                 "rows_used": len(sample.y),
