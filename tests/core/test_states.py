@@ -224,6 +224,14 @@ def test_any_budget_gives_the_same_bits(method: Method, tmp_path: Path) -> None:
     assert whole(method, 0, executor="processes", workers=2).digest == expected.digest
 
 
+def test_states_on_file_are_read_for_clients_in_step() -> None:
+    """The stacked executor gets several states in one call."""
+    expected = whole(Scaffold(**USUAL), None, executor="stacked", workers=1)
+    tight = whole(Scaffold(**USUAL), 0, executor="stacked", workers=1)
+    assert not isinstance(tight.states, dict)
+    assert tight.digest == expected.digest
+
+
 PLACES = ("client-after:11", "aggregate:4", "evaluate:3", "state:2", "state:9", "state:13", "checkpoint-before:2")
 PLACES += ("states-sealed:1", "states-sealed:2", "checkpoint-middle:2", "checkpoint-middle:3", "checkpoint-after:2")
 

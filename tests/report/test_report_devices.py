@@ -54,7 +54,7 @@ def test_numbers_by_hand(make_run: Make) -> None:
     assert line.states() == {"combined": 3, "lost": 1, "cancelled": 1}
     assert line.staleness() == {0: 1, 1: 1, 3: 1}
     assert line.heard() == {0: 2, 1: 1}
-    assert line.never() == [2, 3, 4, 5]
+    assert line.never == [2, 3, 4, 5]
     assert line.joules() == 2.0 * (4 + 4 + 8 + 5 + 7)
     assert line.offline(2) == [[5.0, 9.0]]
     clients, until = line.shown()

@@ -191,5 +191,6 @@ def make_fleet(
     if not isinstance(when, Always) and not any(when.returns(int(c), 0.0, 0) < math.inf for c in federation.seen):
         raise ConfigError(f"--availability {availability}: no client that may train is ever online")
     work = {name: flops(architecture) for name, architecture in place.architectures.items()}
-    of = [work[place.model_of(client)] for client in range(federation.n_clients)]
+    n = federation.n_clients
+    of = [work[place.server_model]] * n if place.models is None else [work[place.model_of(c)] for c in range(n)]
     return Fleet(devices, when, of, drops, place.seed)

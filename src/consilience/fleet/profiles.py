@@ -104,10 +104,11 @@ def draw(name: str, n: int, seed: int, quantiles: np.ndarray | None = None) -> l
     speeds = drawn if quantiles is None else quantiles
     columns = [_at(values, speeds, name) for values in (kind.speed, kind.memory, kind.watts)]
     columns += [_at(values, links, name) for values in (kind.down, kind.up, kind.latency)]
-    return [
-        Device(float(s), float(d), float(u), float(latency), float(m), float(w))
-        for s, m, w, d, u, latency in zip(*columns, strict=True)
-    ]
+    if n and all((column == column[0]).all() for column in columns):  # one device for all of a million clients
+        columns = [column[:1] for column in columns]
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    made = [Device(s, d, u, latency, m, w) for s, m, w, d, u, latency in rows]
+    return made * n if len(made) == 1 else made
 
 
 def _at(values: tuple[float, ...], u: np.ndarray, name: str) -> np.ndarray:

@@ -60,7 +60,7 @@ def _graph(entry: Entry, line: Timeline) -> str:
 
 def _finding(best: tuple[Entry, Timeline]) -> str:
     entry, line = best
-    never, clients = line.never(), len(line.trained())
+    never, clients = line.never, len(line.trained)
     if not never:
         heard = line.heard()
         low, high = min(heard.values()), max(heard.values())
@@ -88,7 +88,7 @@ def _table(found: list[tuple[Entry, Timeline]]) -> str:
             (unit.number(line.ends), line.ends),
             *((f"{states[state]:,}", states[state]) for state in ("combined", "lost", "cancelled")),
             (fixed(mean, 2), mean), (str(max(stale, default=0)), max(stale, default=0)),
-            (str(len(line.never())), len(line.never())),
+            (str(len(line.never)), len(line.never)),
         ]  # fmt: skip
         cells = [Cell(text, value) for text, value in numbers]
         cells.append(Cell(NONE, "") if joules is None else Cell(fixed(joules / 1000, 2), joules))
@@ -100,7 +100,7 @@ def _pictures(entry: Entry, line: Timeline) -> str:
     clients, until = line.shown()
     unit = time_unit([line.ends])
     whole = "" if until >= line.ends else f" until {unit.text(until)}, of {unit.text(line.ends)}"
-    sample = "" if len(clients) == len(line.trained()) else f", {len(clients)} of {len(line.trained())} clients"
+    sample = "" if len(clients) == len(line.trained) else f", {len(clients)} of {len(line.trained)} clients"
     gantt = (
         f"<figure><figcaption><b>Timeline of {named(entry)}</b>One row per client, slowest first{sample}{whole}. "
         f"A cross: dropped out.</figcaption>{_key()}"
@@ -236,7 +236,7 @@ def _histogram(entry: Entry, line: Timeline) -> str:
 
 
 def _heard(entry: Entry, line: Timeline) -> str:
-    heard, sizes, clients = line.heard(), line.sizes, line.trained()
+    heard, sizes, clients = line.heard(), line.sizes, line.trained
     rows, replies = max(1, sum(sizes[c] for c in clients)), max(1, sum(heard.values()))
     dots = [(100 * sizes[c] / rows, 100 * heard[c] / replies, c) for c in clients]
     wide, high, left, top = 430, 190, 38, 8

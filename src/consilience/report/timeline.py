@@ -60,25 +60,27 @@ class Timeline:
         """Combined replies by client."""
         return Counter(int(job["client"]) for job in self.combined)
 
+    @cached_property
     def trained(self) -> list[int]:
         """The clients that may train."""
         unseen = {int(c) for c in self.run.federation.get("unseen") or ()}
         return [c for c in range(int(self.run.federation["clients"])) if c not in unseen]
 
+    @cached_property
     def never(self) -> list[int]:
         """Clients that may train and were never heard."""
         heard = self.heard()
-        return [client for client in self.trained() if not heard[client]]
+        return [client for client in self.trained if not heard[client]]
 
     def unheard_class(self) -> tuple[str, float] | None:
         """The class of which the largest share lies with clients never heard, and that share."""
         counts, classes = self.run.federation.get("counts"), self.run.federation.get("classes")
-        never = self.never()
+        never = self.never
         if not counts or not classes or not never:
             return None
         shares = []
         for k, name in enumerate(classes):
-            whole = sum(counts[c][k] for c in self.trained())
+            whole = sum(counts[c][k] for c in self.trained)
             shares.append((sum(counts[c][k] for c in never) / whole if whole else 0.0, str(name)))
         share, name = max(shares)
         return (name, share) if share else None
@@ -106,11 +108,12 @@ class Timeline:
         for job in self.jobs:
             if job["state"] == "combined":
                 spans.setdefault(int(job["client"]), []).append(job["end"] - job["start"] - job["wait"])
-        clients = self.trained()
-        clients.sort(key=lambda c: -fmean(spans[c]) if c in spans else float("inf"))
+        heard = sorted((c for c in self.trained if c in spans), key=lambda c: -fmean(spans[c]))
+        clients = [*heard, *(c for c in self.trained if c not in spans)]
         if len(clients) > ROWS:
             clients = [clients[round(i * (len(clients) - 1) / (ROWS - 1))] for i in range(ROWS)]
-        starts = sorted(job["start"] for job in self.jobs if job["client"] in set(clients))
+        among = set(clients)
+        starts = sorted(job["start"] for job in self.jobs if job["client"] in among)
         return clients, starts[BARS] if len(starts) > BARS else self.ends
 
 
