@@ -2,8 +2,7 @@
 
     python benchmarks/speed.py --workload w1 --against floor
     python benchmarks/speed.py --workload w2 --against flower --pairs 3 --json
-    python benchmarks/speed.py --workload population    # a million registered clients against a thousand
-    python benchmarks/speed.py --workload compare       # runs side by side against one after another
+    python benchmarks/speed.py --workload compare    # runs side by side against one after another
 
 Both sides do the same work on the same data, and take turns, since machines are not equally fast all the time;
 what counts is the ratio of the medians. Consilience runs as a user runs it, with its history, its judgement of the
@@ -101,12 +100,6 @@ def opponent(name: str, against: str) -> Side:
 AGAINST = ("floor", "channels-last", *PEERS)
 
 
-def registered(clients: int) -> Side:
-    """Consilience with this many registered clients, of which 100 take part in a round."""
-    options = ["fedavg", "--data", "synthetic-ondemand", "--clients", str(clients), "--participation", "100"]
-    return lambda rounds: consilience([*options, "--local-steps", "5", "--eval-clients", "100"], rounds)
-
-
 def comparison(script: Sequence[str]) -> Side:
     """Four methods with three seeds each, by a command that takes the arguments of ``consilience compare``."""
     methods = ["fedavg", "fedprox", "scaffold", "fedadam", "--seeds", "3"]
@@ -120,7 +113,7 @@ def comparison(script: Sequence[str]) -> Side:
             _, memory = watched([sys.executable, *script, *methods, *data, *rest])
             took = time.perf_counter() - began
             rows = json.loads((out / "leaderboard.json").read_text())
-        return [took], rows[0]["global"]["mean"], memory
+        return [took], rows[0]["accuracy"], memory
 
     return run
 
@@ -204,9 +197,6 @@ def race(
 
 def measure(workload: str, against: str, rounds: int, pairs: int) -> tuple[str, dict[str, object]]:
     """One workload against one opponent: the result and its name."""
-    if workload == "population":
-        sides = {"1,000,000 clients": registered(1_000_000), "1,000 clients": registered(1_000)}
-        return workload, {"workload": workload, **race(sides, a_round(1), rounds, pairs, start=True)}
     if workload == "compare":
         other = [str(HERE / "one_after_another.py")]
         sides = {"side by side": comparison(["-m", "consilience", "compare"]), "one after another": comparison(other)}
@@ -221,7 +211,7 @@ def measure(workload: str, against: str, rounds: int, pairs: int) -> tuple[str, 
 def main() -> None:
     """Measure, print, and keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workload", choices=[*WORKLOADS, "population", "compare"], required=True)
+    parser.add_argument("--workload", choices=[*WORKLOADS, "compare"], required=True)
     parser.add_argument("--against", choices=AGAINST, default="floor", help="for w1, w2 and w3")
     parser.add_argument("--rounds", type=int, default=22)
     parser.add_argument("--pairs", type=int, default=5)

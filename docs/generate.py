@@ -130,7 +130,7 @@ def method_page(card: dict[str, Any]) -> str:
 
 
 def speed() -> str:
-    """What benchmarks/speed.py measured: rounds against the floor and other frameworks, then our own two ratios."""
+    """What benchmarks/speed.py measured: rounds against the floor and other frameworks, then our own ratios."""
     found = json.loads((MEASURED / "speed.json").read_text())
     head = (
         "workload",
@@ -153,12 +153,14 @@ def speed() -> str:
             cells += [f"{memory[side] / 1000:.2f}" for side in (opponent, mine)]
             rows.append((WORKLOADS[one["workload"]], OPPONENTS[opponent], *cells))
     others = []
-    for key in ("population", "compare"):
-        if key in found:
-            unit = "seconds_a_round" if key == "population" else "seconds"
-            (a, x), (b, y) = found[key][unit].items()
-            others.append((f"{a}, against {b}", unit.replace("_", " "), f"{x:.3g}", f"{y:.3g}", f"**{x / y:.2f}**"))
-    extra = "\n" + table(("what", "measured", "first", "second", "ratio"), others) if others else ""
+    for method, sizes in json.loads((MEASURED / "population.json").read_text())["methods"].items():
+        many, few = (sizes[n]["seconds_for_10000_rows"] for n in ("1000000", "1000"))
+        what = f"{method}: 1,000,000 registered clients, against 1,000"
+        others.append((what, "seconds for 10,000 rows", f"{many:.3g}", f"{few:.3g}", f"**{many / few:.2f}**"))
+    if "compare" in found:
+        (a, x), (b, y) = found["compare"]["seconds"].items()
+        others.append((f"runs {a}, against {b}", "seconds", f"{x:.3g}", f"{y:.3g}", f"**{x / y:.2f}**"))
+    extra = "\n" + table(("what", "measured", "first", "second", "ratio"), others)
     return table(head, rows) + extra
 
 

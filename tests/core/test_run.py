@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -63,6 +64,28 @@ by_name = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 def final(memory: Memory) -> str:
     last = memory.snapshots[max(memory.snapshots)]
     return tr.digest(last)
+
+
+@dataclass(frozen=True)
+class Stopwatch(FedAvg):
+    """FedAvg that notes when rounds are combined, and takes its time over it."""
+
+    times: ClassVar[list[float]] = []
+
+    def aggregate(self, phase: Any, host: Any, server: Any, replies: Any, cohort: Any) -> Any:
+        self.times.append(time.perf_counter())
+        time.sleep(0.05)
+        return super().aggregate(phase, host, server, replies, cohort)
+
+
+def test_a_line_has_the_seconds_of_its_own_round() -> None:
+    """Not those of the next judged round, during which it is finished."""
+    Stopwatch.times.clear()
+    began = time.perf_counter()
+    found = run(Stopwatch(), federation(), rounds=4, eval_every=2, checkpoint_every=0, executor="serial").history
+    assert [line["round"] for line in found] == [2, 4]
+    assert found[0]["wall_s"] < Stopwatch.times[2] - began
+    assert found[1]["wall_s"] > Stopwatch.times[3] - Stopwatch.times[0]
 
 
 # --- resuming --------------------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ class Loop:
             events, self.news = self.news + events, []
             self._apply(self.setup.schedule.on(events, self._view(), self.schedule))
         self._leave()
-        self._flush()
+        self._flush(over=True)
         last = self.snapshot()
         self.setup.recorder.checkpoint(last)
         return last
@@ -405,7 +405,8 @@ class Loop:
         judged, self._judged = self._judged, {}
         if self.judge.wants(self.version):
             self._flush()
-            line = {"round": self.version, "virtual_s": self.time, **self.totals._asdict()}
+            wall = time.perf_counter() - self.began
+            line = {"round": self.version, "wall_s": wall, "virtual_s": self.time, **self.totals._asdict()}
             losses = [reply.loss * reply.samples for reply in replies if reply.loss == reply.loss]
             weight = sum(reply.samples for reply in replies if reply.loss == reply.loss)
             if weight:
@@ -416,12 +417,15 @@ class Loop:
         every = self.setup.checkpoint_every
         self.due |= every > 0 and self.version % every == 0  # several groups may be combined at one instant
 
-    def _flush(self) -> None:
-        """Finish lines under way. The last one stays open while the next round is computed."""
+    def _flush(self, over: bool = False) -> None:
+        """Finish lines under way. The last one stays open while the next round is computed, so its seconds are those
+        at which its round was made; when the run is over, they are those of the run, with its last judgement."""
         for line in self.lines:
             reach("evaluate")
             found, clients = self.judge.finish(line)
-            self.setup.recorder.line({**found, "wall_s": time.perf_counter() - self.began}, clients)
+            if over:
+                found["wall_s"] = time.perf_counter() - self.began
+            self.setup.recorder.line(found, clients)
         self.lines = []
         if self._laps:
             self.setup.recorder.jobs(self._laps)
