@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+_MIXED = {"same": "same_architecture", "widths": "nested_widths", "family": "one_family"}
+"""What is needed of architectures, in a word; nothing where any may be mixed."""
+
+
 def cards() -> list[dict[str, Any]]:
     """All methods' cards."""
     return [card(name) for name in methods.NAMES]
@@ -22,14 +26,15 @@ def card(name: str) -> dict[str, Any]:
     """A method's card: name, family, summary, source, year, needs, schedule, options, confidence, text."""
     cls = methods.get(name)
     text = inspect.cleandoc(cls.__doc__ or "")
-    needs = [key for key, value in dataclasses.asdict(cls.needs).items() if value]
+    needs = [key for key, value in dataclasses.asdict(cls.needs).items() if value is True]
+    mixed = _MIXED.get(cls.needs.architectures)
     return {
         "name": name,
         "family": cls.family,
         "summary": " ".join(text.split("\n\n")[0].split()),
         "source": cls.source,
         "year": cls.year,
-        "needs": needs,
+        "needs": needs if mixed is None else [mixed, *needs],
         "schedule": cls.schedule,
         "options": {key: _option(cls, key) for key in cls.options()},
         "unstacked": cls.unstacked,

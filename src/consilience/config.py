@@ -35,6 +35,10 @@ def _listed(value: Any) -> Any:
     return value
 
 
+def _joined(value: Any) -> Any:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+
+
 def _memory(value: Any) -> str:
     try:
         parse_bytes(value)
@@ -66,7 +70,10 @@ class Config(BaseModel):
 
     data: str = Field("digits", description="a data set by name, or a csv, parquet or npz file, or a folder of them")
     model: str = Field("mlp", description="the server's model, and everybody's without --models")
-    models: str | None = Field(None, description="the clients' models, as in lenet*0.5,mlp*0.5")
+    models: Annotated[str | None, BeforeValidator(_joined)] = Field(
+        None, description="the clients' models: NAME*SHARE,... or NAME@RATE,... (widths), memory:..., or a csv file"
+    )
+    feature_dim: int | None = Field(None, ge=1, description="features that every model's head is given (the model's)")
     clients: int = Field(10, ge=1, description="how many clients")
     partition: str = Field("iid", description="who holds what: parts joined with +, as in dirichlet:0.1+rotate:4")
     split: Annotated[tuple[float, ...], BeforeValidator(_listed)] = Field(
@@ -203,6 +210,8 @@ def _rooted(config: Config) -> Config:
         found["data"] = str(Path(config.data).absolute())
     elif name == "fashion-mnist" and rest:
         found["data"] = f"{name}:{Path(rest).absolute()}"
+    if config.models is not None and config.models.endswith(".csv"):
+        found["models"] = str(Path(config.models).absolute())
     if is_file(config.partition):
         found["partition"] = str(Path(config.partition).absolute())
     return config.model_copy(update=found)

@@ -96,13 +96,14 @@ def _arguments(spec: RunSpec, federation: Any) -> dict[str, Any]:
     config = spec.config
     init = None
     if config.init is not None:
+        from consilience.architectures import resolve
         from consilience.exporting import read_weights
-        from consilience.simulate import resolve
 
-        init = read_weights(Path(config.init), resolve(config.model, federation))
+        init = read_weights(Path(config.init), resolve(config.model, federation, config.feature_dim))
     return {
         "model": config.model,
         "models": config.models,
+        "feature_dim": config.feature_dim,
         "topology": config.topology,
         "mixing": config.mixing,
         "seed": config.seed,
@@ -118,13 +119,20 @@ def _timing(config: Config) -> dict[str, Any]:
     return {key: getattr(config, key) for key in keys}
 
 
+def _devices(config: Config) -> dict[str, Any]:
+    """The arguments of ``prepare`` that say who has which device."""
+    return {"fleet": config.fleet, "fleet_correlation": config.fleet_correlation}
+
+
 def check(spec: RunSpec, federation: Any) -> Any:
     """Refuse what cannot run, before anything is written; returns the worker, for planning."""
     from consilience import loggers, methods
     from consilience.simulate import prepare, timing
 
     loggers.check(spec.config.log)
-    worker = prepare(methods.make(spec.method, spec.options), federation, **_arguments(spec, federation))
+    worker = prepare(
+        methods.make(spec.method, spec.options), federation, **_arguments(spec, federation), **_devices(spec.config)
+    )
     timing(worker, participation=spec.config.participation, **_timing(spec.config))
     return worker
 
@@ -260,7 +268,13 @@ def _fleet(config: Config, federation: Any) -> list[dict[str, Any]]:
     from consilience.simulate import prepare
 
     worker = prepare(
-        methods.get("local").make({}), federation, model=config.model, models=config.models, seed=config.seed
+        methods.get("local").make({}),
+        federation,
+        model=config.model,
+        models=config.models,
+        feature_dim=config.feature_dim,
+        seed=config.seed,
+        **_devices(config),
     )
     fleet = make_fleet(
         worker.place, federation, fleet=config.fleet, availability=config.availability,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
+from consilience.architectures import Model, assign, resolve
 from consilience.core.errors import CheckpointError, ConfigError, NeedsError, nearest
 from consilience.core.evaluate import Evaluation
 from consilience.core.events import Clock, Schedule, cohort_size
@@ -18,14 +20,13 @@ from consilience.core.executor import Executor
 from consilience.core.federation import Federation
 from consilience.core.messages import Device, Refusal
 from consilience.core.method import Method
-from consilience.core.model import Architecture, Factory, SplitModel, Weights, check_factory
+from consilience.core.model import Architecture, Weights
 from consilience.core.predict import Predictor
 from consilience.core.run import run as run_loop
 from consilience.core.setup import Setup
 from consilience.core.site import Place
 from consilience.core.snapshot import Snapshot
 from consilience.core.states import States
-from consilience.core.streams import philox
 from consilience.core.units import parse_bytes
 from consilience.core.worker import Worker, pooled
 from consilience.execute.memory import keep_freed_memory
@@ -33,7 +34,7 @@ from consilience.execute.processes import Processes, cores
 from consilience.execute.serial import Serial
 from consilience.execute.shared import Temporary
 from consilience.execute.stacked import Stacked
-from consilience.fleet.clock import Fleet, make_fleet
+from consilience.fleet.clock import Fleet, make_devices, make_fleet
 from consilience.fleet.summary import describe
 from consilience.fleet.topology import summary
 from consilience.folder import RunFolder, digest_text
@@ -45,6 +46,13 @@ from consilience.wire.validate import Validation
 if TYPE_CHECKING:
     import pandas as pd
 
+MIXES = {
+    "same": "one architecture for all clients",
+    "widths": "nested widths of one model (--models NAME@RATE,...)",
+    "family": "models of one family (--models resnet8,resnet14,..., or nested widths)",
+    "any": "",
+}
+"""What a method needs of architectures, in words."""
 EXECUTORS = ("auto", "serial", "processes", "stacked")
 
 
@@ -101,15 +109,13 @@ class Result:
         return digest_text(self.snapshot, self.history)
 
 
-Model = str | Factory | Architecture
-
-
 def run(
     method: Method,
     federation: Federation,
     *,
     model: Model = "mlp",
     models: str | Sequence[Model] | None = None,
+    feature_dim: int | None = None,
     rounds: int = 50,
     participation: float = 1.0,
     fleet: str | Sequence[Device] = "uniform",
@@ -139,8 +145,9 @@ def run(
 ) -> Result:
     """Train ``method`` on ``federation`` and return a :class:`Result`.
 
-    model: the server's, by name, factory or Architecture; models: of the clients ("lenet*0.5,mlp*0.5", or one per
-    client), if not all have the server's. participation: a fraction (float, at most 1) or a count (int) of the
+    model: the server's, by name, factory or Architecture; models: of the clients, as
+    :func:`consilience.architectures.assign` takes them, if not all have the server's. feature_dim: features that every
+    model's head is given. participation: a fraction (float, at most 1) or a count (int) of the
     clients per round. client_state_memory: bytes of clients' states to keep in memory, as a number or as in "500MB"
     (None: all); those used least lately go to files, in ``out`` or among temporary files. fleet: of simulated
     devices: a name, a csv file, a function, or a Device for each client. clock: how long jobs take in virtual time,
@@ -150,8 +157,9 @@ def run(
     Raises ConfigError, DataError or NeedsError before any work, ClientError if a client's own code fails.
     """
     worker = prepare(
-        method, federation, model=model, models=models, topology=topology, mixing=mixing, init=init, seed=seed
-    )
+        method, federation, model=model, models=models, feature_dim=feature_dim, topology=topology, mixing=mixing,
+        init=init, seed=seed, fleet=fleet, fleet_correlation=fleet_correlation,
+    )  # fmt: skip
     _check_counts(rounds, participation, eval_every, eval_clients_every)
     when = {
         "fleet": fleet, "fleet_correlation": fleet_correlation, "availability": availability, "drops": drops,
@@ -166,6 +174,8 @@ def run(
         seed,
         participation,
         list(worker.place.architectures),
+        worker.place.models,
+        feature_dim,
         topology,
         mixing,
         executor == "stacked",
@@ -211,18 +221,24 @@ def prepare(
     *,
     model: Model = "mlp",
     models: str | Sequence[Model] | None = None,
+    feature_dim: int | None = None,
     topology: str = "complete",
     mixing: str = "metropolis",
     init: Weights | None = None,
     seed: int = 0,
     chunk: int = 500,
+    fleet: str | Sequence[Device] = "uniform",
+    fleet_correlation: str = "0",
 ) -> Worker:
-    """Everything that client work needs, checked: architectures, initial weights, topology, the method's needs."""
-    own = resolve(model, federation)
-    assigned = None if models is None else _assign(models, federation, seed)
+    """Everything that client work needs, checked: architectures, initial weights, topology, the method's needs. fleet:
+    for architectures by the memory of devices."""
+    own = resolve(model, federation, feature_dim)
+    assigned = None
+    if models is not None:
+        devices = partial(make_devices, fleet, federation, seed, fleet_correlation)
+        assigned = assign(models, federation, seed, feature_dim, devices)
     architectures = {own.name: own} | {a.name: a for a in assigned or ()}
-    offered = Offer(federation, architectures, own.build())
-    offered.check(method)
+    Offer(federation, architectures).check(method)
     if init is not None:
         _check_init(own, init)
     weights_of = None
@@ -245,29 +261,40 @@ def prepare(
         rows=sum(federation.size(int(client)) for client in federation.seen) if method.counts_rows else 0,
         topology=weights_of,
         pooled=pooled(federation) if method.needs.pooled_data else None,
+        networks=method.networks(architectures),
     )
     return Worker(place, federation, method.program(), Validation(place))
 
 
 @dataclass(frozen=True)
 class Offer:
-    """What a federation offers to methods."""
+    """What a federation offers to methods. architectures: by name, the server's first."""
 
     federation: Federation
     architectures: Mapping[str, Architecture]
-    module: torch.nn.Module
 
     def missing(self, method: type[Method] | Method) -> list[str]:
         """What ``method`` needs and is not there, in words."""
         needs, task = method.needs, self.federation.task
+        widths = {a.width for a in self.architectures.values()}
         lacks = [
-            (needs.same_architecture and len(self.architectures) > 1, "one architecture for all clients"),
-            (needs.split_model and not isinstance(self.module, SplitModel), "a split model (features and head)"),
+            (not self._mixes(needs.architectures), MIXES[needs.architectures]),
+            (needs.split_model and None in widths, "split models (features and head)"),
+            (needs.same_features and len(widths) > 1, "one feature width for all models (--feature-dim N)"),
             (needs.public_data and self.federation.public is None, "public data (--public N)"),
             (needs.classification and task.kind != "classification", "a classification task"),
             (needs.loss and task.kind == "operator", "a task with a loss"),
         ]
         return [words for lacking, words in lacks if lacking]
+
+    def _mixes(self, needed: str) -> bool:
+        """Whether the architectures are no more different than a method can take."""
+        models = list(self.architectures.values())
+        if needed == "any" or len(models) == 1:
+            return True
+        if needed == "widths":
+            return len({a.whole or a.name for a in models}) == 1
+        return needed == "family" and len({a.family or a.name for a in models}) == 1
 
     def check(self, method: Method) -> None:
         """Raise NeedsError, naming the methods that would fit."""
@@ -280,46 +307,6 @@ class Offer:
                 f"{method.name} needs {' and '.join(lacks)}, which this federation does not offer\n"
                 f"methods that fit it: {', '.join(fit) or 'none'}"
             )
-
-
-def resolve(model: Model, federation: Federation) -> Architecture:
-    """An architecture for this federation's inputs and outputs."""
-    from consilience import models
-
-    if isinstance(model, Architecture):
-        return model
-    if isinstance(model, str):
-        return models.architecture(model, federation.input_shape, federation.task.outputs)
-    name = getattr(model, "__qualname__", type(model).__name__)
-    return Architecture(name, check_factory(model, name), federation.input_shape, federation.task.outputs)
-
-
-def _assign(models: str | Sequence[Model], federation: Federation, seed: int) -> list[Architecture]:
-    """The architecture of each client."""
-    n = federation.n_clients
-    if not isinstance(models, str):
-        if len(models) != n:
-            raise ConfigError(f"models: {len(models)} given for {n} clients; give one for each")
-        return [resolve(model, federation) for model in models]
-    names: list[str] = []
-    shares: list[float] = []
-    for part in models.split(","):
-        name, _, share = part.strip().partition("*")
-        try:
-            shares.append(float(share or 1.0))
-        except ValueError:
-            raise ConfigError(f"--models: '{part}' is not NAME*SHARE, as in lenet*0.5,mlp*0.5") from None
-        names.append(name)
-    if min(shares) <= 0:
-        raise ConfigError(f"--models '{models}': shares must be above 0")
-    exact = [share / sum(shares) * n for share in shares]
-    counts = [int(e) for e in exact]
-    for i in sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])[: n - sum(counts)]:
-        counts[i] += 1
-    dealt = [name for name, count in zip(names, counts, strict=True) for _ in range(count)]
-    order = philox(seed, "architectures").permutation(n)
-    known = {name: resolve(name, federation) for name in names}
-    return [known[dealt[i]] for i in order]
 
 
 def _check_init(architecture: Architecture, init: Weights) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_type_hints
 
@@ -20,7 +20,7 @@ from consilience.core import tree as tr
 from consilience.core.errors import ConfigError, nearest
 from consilience.core.fit import Fit, Plan, fit_samples, n_steps
 from consilience.core.messages import Broadcast, ClientInfo, DeltaUpdate, Inbox, ModelUpdate, Reply, kinds
-from consilience.core.model import Weights
+from consilience.core.model import Architecture, Weights
 from consilience.core.predict import Net, Predictor
 from consilience.core.reduce import sample_weights, uniform_weights, weighted_sum
 from consilience.core.training import Training
@@ -28,7 +28,8 @@ from consilience.core.tree import Tree, record
 
 if TYPE_CHECKING:
     from consilience.core.events import View
-    from consilience.core.site import Host, Site
+    from consilience.core.shapes import Expected
+    from consilience.core.site import Host, Place, Site
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,15 @@ class Phase:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a method needs of a federation; a federation that does not offer it gets one clear error."""
+    """What a method needs of a federation; a federation that does not offer it gets one clear error.
 
-    same_architecture: bool = True
+    architectures: which may be mixed. "same": none, all clients have the server's; "widths": the server's and its
+    nested widths (``NAME@RATE``); "family": models of one family, whose parts have common names; "any".
+    same_features: all models give features of one width (``--feature-dim``).
+    """
+
+    architectures: Literal["same", "widths", "family", "any"] = "same"
+    same_features: bool = False
     split_model: bool = False
     public_data: bool = False
     classification: bool = False
@@ -132,6 +139,11 @@ class Method(Training):
     def rate(self, version: int) -> float:
         """Local step size after ``version`` server updates."""
         return self.lr * self.lr_decay**version
+
+    def networks(self, models: Mapping[str, Architecture]) -> Mapping[str, Architecture]:
+        """Networks that the method needs beside the clients' models (generators, projections), by names that sites and
+        the server know them by. models: the architectures of the run, the server's first."""
+        return {}
 
     def program(self) -> tuple[Phase, ...]:
         """The phases of a round."""
@@ -252,6 +264,11 @@ class Method(Training):
         if type(self).client_update is not Method.client_update:
             return None
         return ModelUpdate if self.form == "model" else DeltaUpdate
+
+    def expects(self, place: Place, model: str) -> Mapping[str, Expected]:
+        """What fields of an update from a client with this model must look like, for validation; a field that is not
+        named here must fit the client's model if its kind is a model, difference, control or buffers."""
+        return {}
 
     # --- among neighbours --------------------------------------------------------------------------------------
 

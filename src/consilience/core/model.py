@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,7 +52,9 @@ Factory = Callable[[tuple[int, ...], int], nn.Module]
 class Architecture:
     """A model's name and how to make it.
 
-    input_shape: shape of one input. outputs: classes or targets. dtype: of parameters and inputs.
+    input_shape: shape of one input. outputs: classes or targets. dtype: of parameters and inputs. family: of models
+    whose parts have common names, as nets of different depth; "" for a model of no family. whole, rate: of a nested
+    width, the name of the model that it is a slice of and the share of each hidden layer that it has.
     """
 
     name: str
@@ -59,11 +62,25 @@ class Architecture:
     input_shape: tuple[int, ...]
     outputs: int
     dtype: torch.dtype = torch.float32
+    family: str = ""
+    whole: str = ""
+    rate: float = 1.0
 
     @property
     def key(self) -> str:
         """What tells its instances apart from those of others."""
         return f"{self.name}|{self.dtype}"
+
+    @functools.cached_property
+    def spec(self) -> Weights:
+        """Weights whose names, shapes and dtypes are those of the model."""
+        return read(self.build())
+
+    @functools.cached_property
+    def width(self) -> int | None:
+        """Features that the head is given; None for a model that is not split."""
+        module = self.build()
+        return module.width if isinstance(module, SplitModel) else None
 
     def build(self, seed: int = 0) -> nn.Module:
         """A module whose initial values are drawn with ``seed``; no global generator moves."""

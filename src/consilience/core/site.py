@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,12 +29,12 @@ __all__ = ["Batch", "Fit", "Host", "Loss", "Place", "Plan", "Site", "Step"]
 class Place:
     """What all sites of a run share.
 
-    architectures: by name, the server's first. models: architecture name of each client, or None if all have
-    the server's. seed: of the run. initial: weights to start from instead of drawn ones. chunk: rows in one
-    chunk of an evaluation; results may depend on it in their last bits, so it is configuration. public: inputs
-    that everybody may see. n_clients: how many may train. topology: mixing weights by node and neighbour.
-    pooled: everybody's training rows, only for the centralised reference. rows: how many training rows those who may
-    train have together, for methods that count them.
+    architectures: by name, the server's first. models: architecture name of each client, or None if all have the
+    server's. networks: the method's own, by name. seed: of the run. initial: weights to start from instead of drawn
+    ones. chunk: rows in one chunk of an evaluation; results may depend on it in their last bits, so it is an option.
+    public: inputs that everybody may see. n_clients: how many may train. topology: mixing weights by node and
+    neighbour. pooled: everybody's training rows, only for the centralised reference. rows: how many training rows those
+    who may train have together, for methods that count them.
     """
 
     task: Task
@@ -49,6 +49,7 @@ class Place:
     topology: Mapping[int, Mapping[int, float]] | None = None
     pooled: Split | None = None
     rows: int = 0
+    networks: Mapping[str, Architecture] = field(default_factory=dict)
 
     @property
     def server_model(self) -> str:
@@ -58,6 +59,10 @@ class Place:
     def model_of(self, client: int) -> str:
         """Name of a client's architecture."""
         return self.models[client] if self.models is not None else self.server_model
+
+    def network(self, name: str) -> Architecture:
+        """The architecture of a model or of one of the method's networks."""
+        return self.architectures[name] if name in self.architectures else self.networks[name]
 
 
 class Site:
@@ -98,15 +103,15 @@ class Site:
         return Streams(self.place.seed).rng("shared", purpose, *more)
 
     def architecture(self, model: str = "") -> Architecture:
-        """The architecture named, or the site's own."""
-        return self.place.architectures[model or self.model]
+        """The architecture named (a model's or a network's of the method), or the site's own."""
+        return self.place.network(model or self.model)
 
     def initial(self, model: str = "", component: int = 0) -> Weights:
         """Initial weights: the same at every site and on the server for one architecture and component."""
         name = model or self.model
         if self.place.initial is not None and name == self.place.server_model and not component:
             return self.place.initial
-        return self.place.architectures[name].initial(self.place.seed, component)
+        return self.place.network(name).initial(self.place.seed, component)
 
     def borrow(self, model: str = "") -> Instance:
         """A module instance of an architecture, returned when the job ends."""

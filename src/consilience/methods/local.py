@@ -28,7 +28,7 @@ class Local(Method):
     family = "baseline"
     source = "reference"
     year = 2017
-    needs = Needs(same_architecture=False)
+    needs = Needs(architectures="any")
 
     def least_samples(self, phase: Phase, rows: int, steps: int | None) -> int:
         """One training."""

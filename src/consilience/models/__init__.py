@@ -1,7 +1,8 @@
-"""Models by name, and the user's own as ``package.module:factory``."""
+"""Models by name, nested widths of them, and the user's own as ``package.module:factory``."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import re
@@ -9,10 +10,12 @@ import re
 from torch import nn
 
 from consilience.core.errors import ConfigError, nearest
-from consilience.core.model import Architecture, Factory, check_factory
+from consilience.core.model import Architecture, Factory, SplitModel, check_factory
 from consilience.models import small
 
 NAMES = ("logistic", "mlp", "lenet", "cnn", "resnet8", "resnet8:batchnorm")
+_FAMILY = {"resnet8": "resnet"}
+"""Families of models whose parts have common names."""
 
 
 def factory(name: str) -> Factory:
@@ -37,8 +40,42 @@ def factory(name: str) -> Factory:
 
 
 def architecture(name: str, input_shape: tuple[int, ...], outputs: int) -> Architecture:
-    """The architecture called ``name`` for these inputs and outputs."""
-    return Architecture(name, factory(name), input_shape, outputs)
+    """The architecture called ``name``, or ``NAME@RATE`` for a nested width, for these inputs and outputs.
+
+    Raises ConfigError.
+    """
+    whole, at, text = name.partition("@")
+    made = Architecture(name, factory(whole), input_shape, outputs, family=_FAMILY.get(whole.partition(":")[0], whole))
+    if not at:
+        return made
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate <= 1:
+        raise ConfigError(f"model '{name}': a rate is above 0 and at most 1, as in {whole}@0.5")
+    if rate == 1:
+        return dataclasses.replace(made, name=whole)
+    if whole == "logistic":
+        raise ConfigError(f"model '{name}': logistic has no hidden layer to cut")
+    return dataclasses.replace(made, factory=functools.partial(_cut, made.factory, rate), whole=whole, rate=rate)
+
+
+def pooled(made: Architecture, width: int) -> Architecture:
+    """The architecture with its features pooled to ``width`` of them. Raises ConfigError if it is not split."""
+    if made.width is None:
+        raise ConfigError(f"--feature-dim {width}: model '{made.name}' is no split model (features and head)")
+    return dataclasses.replace(made, factory=functools.partial(_pool, made.factory, width))
+
+
+def _cut(factory: Factory, rate: float, input_shape: tuple[int, ...], outputs: int) -> nn.Module:
+    return factory(input_shape, outputs, rate=rate)  # type: ignore[call-arg]
+
+
+def _pool(factory: Factory, width: int, input_shape: tuple[int, ...], outputs: int) -> nn.Module:
+    model = factory(input_shape, outputs)
+    assert isinstance(model, SplitModel)
+    return small.Pooled(model, width, outputs)
 
 
 def _imported(name: str) -> Factory:

@@ -11,6 +11,21 @@ from torch import Tensor, nn
 from consilience.core.model import SplitModel
 
 
+def cut(width: int, rate: float) -> int:
+    """Units of a hidden layer that a nested width keeps: ceil(width * rate). Raises ValueError where that is none."""
+    if not 0 < rate <= 1:
+        raise ValueError(f"a rate is above 0 and at most 1, not {rate:g}")
+    return math.ceil(round(width * rate, 9))
+
+
+class Pooled(SplitModel):
+    """A model whose features are pooled to ``width`` of them, before a head of its own: so models of any architecture
+    have features of one width (Zhang et al., "HtFLlib", 2025)."""
+
+    def __init__(self, model: SplitModel, width: int, outputs: int) -> None:
+        super().__init__(nn.Sequential(model.features, nn.AdaptiveAvgPool1d(width)), nn.Linear(width, outputs), width)
+
+
 class Linear(SplitModel):
     """``logistic``: flattened inputs straight to the outputs."""
 
@@ -22,7 +37,10 @@ class Linear(SplitModel):
 class MLP(SplitModel):
     """``mlp``: hidden ReLU layers, by default one of 200."""
 
-    def __init__(self, input_shape: tuple[int, ...], outputs: int, widths: tuple[int, ...] = (200,)) -> None:
+    def __init__(
+        self, input_shape: tuple[int, ...], outputs: int, widths: tuple[int, ...] = (200,), rate: float = 1.0
+    ) -> None:
+        widths = tuple(cut(width, rate) for width in widths)
         sizes = (math.prod(input_shape), *widths)
         layers: list[nn.Module] = [nn.Flatten()]
         for before, after in zip(sizes, widths, strict=False):
@@ -53,50 +71,52 @@ def _image(name: str, input_shape: tuple[int, ...], smallest: int) -> tuple[int,
 class LeNet(SplitModel):
     """``lenet``: 5x5 convolutions of 6 (padded) and 16 channels with 2x2 max pooling, then 120 and 84 units."""
 
-    def __init__(self, input_shape: tuple[int, ...], outputs: int) -> None:
+    def __init__(self, input_shape: tuple[int, ...], outputs: int, rate: float = 1.0) -> None:
         channels, height, width = _image("lenet", input_shape, 12)
         after = [(side // 2 - 4) // 2 for side in (height, width)]
+        first, second, third, last = (cut(n, rate) for n in (6, 16, 120, 84))
         features = nn.Sequential(
-            nn.Conv2d(channels, 6, 5, padding=2),
+            nn.Conv2d(channels, first, 5, padding=2),
             MaxPool(),  # before the ReLU: the same function and gradient, on a quarter of the values
             nn.ReLU(),
-            nn.Conv2d(6, 16, 5),
+            nn.Conv2d(first, second, 5),
             MaxPool(),
             nn.ReLU(),
             nn.Flatten(),
-            nn.Linear(16 * after[0] * after[1], 120),
+            nn.Linear(second * after[0] * after[1], third),
             nn.ReLU(),
-            nn.Linear(120, 84),
+            nn.Linear(third, last),
             nn.ReLU(),
         )
-        super().__init__(features, nn.Linear(84, outputs), 84)
+        super().__init__(features, nn.Linear(last, outputs), last)
 
 
 class CNN(SplitModel):
     """``cnn``: padded 5x5 convolutions of 32 and 64 channels with 2x2 max pooling, then 512 units (McMahan 2017)."""
 
-    def __init__(self, input_shape: tuple[int, ...], outputs: int) -> None:
+    def __init__(self, input_shape: tuple[int, ...], outputs: int, rate: float = 1.0) -> None:
         channels, height, width = _image("cnn", input_shape, 4)
+        first, second, last = (cut(n, rate) for n in (32, 64, 512))
         features = nn.Sequential(
-            nn.Conv2d(channels, 32, 5, padding=2),
+            nn.Conv2d(channels, first, 5, padding=2),
             MaxPool(),
             nn.ReLU(),
-            nn.Conv2d(32, 64, 5, padding=2),
+            nn.Conv2d(first, second, 5, padding=2),
             MaxPool(),
             nn.ReLU(),
             nn.Flatten(),
-            nn.Linear(64 * (height // 4) * (width // 4), 512),
+            nn.Linear(second * (height // 4) * (width // 4), last),
             nn.ReLU(),
         )
-        super().__init__(features, nn.Linear(512, outputs), 512)
+        super().__init__(features, nn.Linear(last, outputs), last)
 
 
 Norm = Callable[[int], nn.Module]
 
 
 def group_norm(channels: int) -> nn.Module:
-    """GroupNorm with 2 groups: no statistics to carry, so nothing to average."""
-    return nn.GroupNorm(2, channels)
+    """GroupNorm with 2 groups (1 where channels are odd): no statistics to carry, so nothing to average."""
+    return nn.GroupNorm(2 if channels % 2 == 0 else 1, channels)
 
 
 class _Block(nn.Module):
@@ -122,16 +142,17 @@ class _Block(nn.Module):
 class ResNet8(SplitModel):
     """``resnet8``: three residual blocks of 16, 32 and 64 channels (He 2016, the CIFAR form with n = 1)."""
 
-    def __init__(self, input_shape: tuple[int, ...], outputs: int, norm: Norm = group_norm) -> None:
+    def __init__(self, input_shape: tuple[int, ...], outputs: int, norm: Norm = group_norm, rate: float = 1.0) -> None:
         channels, _, _ = _image("resnet8", input_shape, 4)
+        first, second, last = (cut(n, rate) for n in (16, 32, 64))
         features = nn.Sequential(
-            nn.Conv2d(channels, 16, 3, 1, 1, bias=False),
-            norm(16),
+            nn.Conv2d(channels, first, 3, 1, 1, bias=False),
+            norm(first),
             nn.ReLU(),
-            _Block(16, 16, 1, norm),
-            _Block(16, 32, 2, norm),
-            _Block(32, 64, 2, norm),
+            _Block(first, first, 1, norm),
+            _Block(first, second, 2, norm),
+            _Block(second, last, 2, norm),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
         )
-        super().__init__(features, nn.Linear(64, outputs), 64)
+        super().__init__(features, nn.Linear(last, outputs), last)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from consilience.core import tree as tr
 from consilience.core.messages import Kind, Refusal, Reply, kinds
-from consilience.core.model import Params, Weights
+from consilience.core.shapes import misfit
 from consilience.core.site import Place
 from consilience.core.tree import Tree
 
@@ -22,7 +22,7 @@ class Validation:
 
     def __init__(self, place: Place) -> None:
         self._place = place
-        self._specs: dict[str, Weights] = {}
+        self._known: dict[str, Mapping[Any, Any]] = {}
 
     def __call__(self, replies: Sequence[Reply], server: Tree) -> tuple[list[Reply], list[Refusal]]:
         """The good replies, and the bad ones with reasons."""
@@ -42,33 +42,30 @@ class Validation:
         if wanted is not None and type(update) is not wanted:
             return "update", f"is {type(update).__name__}, not {wanted.__name__}"
         if tr.is_record(update):
+            expected = self._expected(client)
+            lengths: dict[str, int] = {}
             for name, kind in kinds(type(update)).items():
-                found = self._misfit(getattr(update, name), kind, client)
-                if found is not None:
-                    return f"{name}.{found[0]}", found[1]
+                if name in expected or kind in expected:
+                    found = misfit(getattr(update, name), expected.get(name, expected.get(kind)), lengths)
+                    if found is not None:
+                        return f"{name}.{found[0]}".rstrip("."), found[1]
         if all(map(_finite, tr.leaves(update))):
             return None
         path, leaf = next((path, leaf) for path, leaf in tr.items(update) if not _finite(leaf))
         return path, "holds numbers that are not finite" if isinstance(leaf, Tensor) else f"is {leaf}"
 
-    def _misfit(self, value: Any, kind: Kind, client: int) -> tuple[str, str] | None:
-        spec = self._spec(client)
-        local = self._place.method.buffers == "local"
-        if kind is Kind.BUFFERS:
-            return _compare(value, {} if local else spec.buffers)
-        if kind is Kind.MODEL:
-            if not isinstance(value, Weights):
-                return "", f"is {type(value).__name__}, not a model"
-            return _compare(value.params, spec.params) or _compare(value.buffers, {} if local else spec.buffers)
-        if kind in (Kind.DELTA, Kind.CONTROL):
-            return _compare(value, spec.params)
-        return None
-
-    def _spec(self, client: int) -> Weights:
+    def _expected(self, client: int) -> Mapping[Any, Any]:
+        """What each field of an update must look like, by its name or by its kind."""
         name = self._place.model_of(client)
-        if name not in self._specs:
-            self._specs[name] = self._place.architectures[name].initial(0)
-        return self._specs[name]
+        if name not in self._known:
+            spec = self._place.architectures[name].spec
+            if self._place.method.buffers == "local":
+                spec = spec._replace(buffers={})
+            usual: dict[Any, Any] = {
+                Kind.MODEL: spec, Kind.BUFFERS: spec.buffers, Kind.DELTA: spec.params, Kind.CONTROL: spec.params
+            }  # fmt: skip
+            self._known[name] = {**usual, **self._place.method.expects(self._place, name)}
+        return self._known[name]
 
 
 def _finite(leaf: Any) -> bool:
@@ -77,20 +74,3 @@ def _finite(leaf: Any) -> bool:
         # A sum is ten times faster than looking at every number, and only overflow makes it cry wolf.
         return math.isfinite(leaf.sum().item()) or bool(torch.isfinite(leaf).all())
     return not isinstance(leaf, float) or math.isfinite(leaf)
-
-
-def _compare(found: Params, spec: Params) -> tuple[str, str] | None:
-    """The first thing about ``found`` that is not as in ``spec``: (name, reason)."""
-    if not isinstance(found, dict):
-        return "", f"is {type(found).__name__}, not parameters by name"
-    for name in [*found, *spec]:
-        if name not in found:
-            return name, "is missing"
-        if name not in spec:
-            return name, "is not a parameter of this client's model"
-        a, b = found[name], spec[name]
-        if not isinstance(a, Tensor) or a.shape != b.shape:
-            return name, f"has shape {tuple(getattr(a, 'shape', ()))}, not {tuple(b.shape)}"
-        if a.dtype != b.dtype:
-            return name, f"has dtype {a.dtype}, not {b.dtype}"
-    return None if list(found) == list(spec) else (next(iter(found)), "stands in another order")
