@@ -41,7 +41,9 @@ class Case:
 class Spread(Instant):
     """Devices of very different speed: client i takes i + 1 seconds a step."""
 
-    def trip(self, job: Job, start: float, *, down: int, up: int, samples: int, steps: int) -> Trip:
+    def trip(
+        self, job: Job, start: float, *, down: int, up: int, samples: int, steps: int, flops: float | None = None
+    ) -> Trip:
         return Trip(compute=(job.client + 1.0) * steps)
 
 

@@ -22,7 +22,7 @@ from consilience.core.errors import ConfigError, DataError
 from consilience.core.messages import Device, Job, Trip
 from consilience.core.model import Architecture
 from consilience.fleet.availability import Always, Trace
-from consilience.fleet.clock import Fleet, correlated, flops, make_devices
+from consilience.fleet.clock import Fleet, correlated, make_devices
 from consilience.fleet.device import checked, read_csv
 from consilience.fleet.profiles import KNOTS, PROFILES, draw, profile
 from consilience.fleet.summary import summarise
@@ -34,10 +34,10 @@ JOB = Job(0, 0, 1, 0, 0, 0)
 
 def test_flops_of_a_linear_model_by_hand() -> None:
     """Forward 2 d k, backward 2 d k for the weights; inputs take no gradient."""
-    assert flops(architecture("logistic", (20,), 3)) == 2 * 2 * 20 * 3
+    assert architecture("logistic", (20,), 3).flops == (2 * 20 * 3, 2 * 2 * 20 * 3)
     hidden = 2 * 2 * 20 * 7 + 3 * 2 * 7 * 3
-    assert flops(architecture("mlp:7", (20,), 3)) == hidden
-    assert flops(architecture("lenet", (1, 28, 28), 10)) > 1e6
+    assert architecture("mlp:7", (20,), 3).flops.training == hidden
+    assert architecture("lenet", (1, 28, 28), 10).flops.training > 1e6
 
 
 @pytest.mark.parametrize("name", ["logistic", "mlp:30x20", "lenet", "cnn", "resnet8", "resnet8:batchnorm"])
@@ -47,13 +47,13 @@ def test_flops_are_those_of_torch_s_counter(name: str) -> None:
     found = architecture(name, (1, 28, 28), 10)
     with FlopCounterMode(display=False) as counter:
         found.build().train()(torch.zeros(2, 1, 28, 28)).sum().backward()
-    assert flops(found) == counter.get_total_flops() / 2
+    assert found.flops.training == counter.get_total_flops() / 2
 
 
 def test_counting_does_not_import_the_compiler() -> None:
     code = (
-        "import sys; from consilience.models import architecture; from consilience.fleet.clock import flops; "
-        "flops(architecture('lenet', (1, 28, 28), 10)); assert 'torch._dynamo' not in sys.modules"
+        "import sys; from consilience.models import architecture; "
+        "architecture('lenet', (1, 28, 28), 10).flops; assert 'torch._dynamo' not in sys.modules"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
@@ -70,7 +70,7 @@ class Scale(nn.Module):
 
 
 def test_a_model_without_products_counts_its_parameters() -> None:
-    assert flops(Architecture("scale", Scale, (4,), 3)) == 18
+    assert Architecture("scale", Scale, (4,), 3).flops == (6, 18)
 
 
 def test_a_trip_by_hand() -> None:

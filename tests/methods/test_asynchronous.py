@@ -296,7 +296,9 @@ class Fixed5(Instant):
 
     times: tuple[float, ...] = (1.0, 2.3, 3.9, 7.0, 12.5)
 
-    def trip(self, job: Job, start: float, *, down: int, up: int, samples: int, steps: int) -> Trip:
+    def trip(
+        self, job: Job, start: float, *, down: int, up: int, samples: int, steps: int, flops: float | None = None
+    ) -> Trip:
         return Trip(compute=self.times[job.client])
 
 

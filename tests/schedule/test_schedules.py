@@ -42,7 +42,9 @@ class Steps(Instant):
 
     pace: tuple[float, ...]
 
-    def trip(self, job: Job, start: float, *, down: int, up: int, samples: int, steps: int) -> Trip:
+    def trip(
+        self, job: Job, start: float, *, down: int, up: int, samples: int, steps: int, flops: float | None = None
+    ) -> Trip:
         return Trip(compute=self.pace[job.client] * samples)
 
 
@@ -207,7 +209,9 @@ def test_a_slowing_client_comes_late_and_is_not_lost() -> None:
 
     @dataclass(frozen=True)
     class Slowing(Steps):
-        def trip(self, job: Job, start: float, *, down: int, up: int, samples: int, steps: int) -> Trip:
+        def trip(
+            self, job: Job, start: float, *, down: int, up: int, samples: int, steps: int, flops: float | None = None
+        ) -> Trip:
             slower = 3.0 if job.client == 2 and job.number == 2 else 1.0
             return Trip(compute=slower * self.pace[job.client] * samples)
 

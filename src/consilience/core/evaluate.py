@@ -12,6 +12,7 @@ from torch import Tensor
 from consilience.core.executor import Executor
 from consilience.core.federation import Federation, Task
 from consilience.core.messages import Job, Score
+from consilience.core.snapshot import Totals
 from consilience.core.streams import philox
 from consilience.core.tree import Tree
 from consilience.core.worker import Call, test_ranges
@@ -59,6 +60,7 @@ class Line:
     pairs: Mapping[int, tuple[Score, Score]]
     full: bool
     last: bool
+    spent: Mapping[int, Totals]
 
 
 class Judge:
@@ -74,7 +76,7 @@ class Judge:
         seed: int,
     ) -> None:
         self.evaluation, self.measures, self.rounds = evaluation, measures, rounds
-        self.federation, self.executor, self.seed = federation, executor, seed
+        self.federation, self.executor, self.place, self.seed = federation, executor, executor.worker.place, seed
         self._set: list[int] | None = None
 
     def wants(self, version: int) -> bool:
@@ -93,9 +95,11 @@ class Judge:
         message: Callable[[int], Tree],
         job: Callable[[int], Job],
         pairs: Mapping[int, tuple[Score, Score]],
+        spent: Mapping[int, Totals],
     ) -> Line:
         """Queue everything that a round's line needs. message, job: of a client id, as if it were asked now.
-        pairs: what the round's participants measured before and after their training, by client id."""
+        pairs: what the round's participants measured before and after their training, by client id. spent: what each
+        client has spent until now."""
         version = record["round"]
         full = self.wants_clients(version)
         predictor = self.executor.worker.method.global_model(server)
@@ -111,7 +115,8 @@ class Judge:
                 train = last and client not in self.federation.unseen
                 ticket = self.executor.judge(asked, message(client), train=train)
             judged.append((asked, ticket))
-        return Line(record, chunks, judged, pairs if full else {}, full, last)
+        paid = {asked.client: spent.get(asked.client, Totals()) for asked, _ in judged}
+        return Line(record, chunks, judged, pairs if full else {}, full, last, paid)
 
     def finish(self, line: Line) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """The line of history, and a line per judged client."""
@@ -131,6 +136,7 @@ class Judge:
             self._row(record["round"], job.client, *pair) for (job, _), pair in zip(line.judged, found, strict=True)
         ]
         for row in rows:
+            row.update(line.spent[row["client"]]._asdict())
             if not line.last and row["client"] in line.pairs:
                 row["before"], row["after"] = map(_value, line.pairs[row["client"]])
         self._summaries(record, rows, line)
@@ -154,6 +160,8 @@ class Judge:
     def _row(self, version: int, client: int, score: Score, after: Score | None) -> dict[str, Any]:
         row: dict[str, Any] = {"round": version, "client": client, "seen": client not in self.federation.unseen}
         row.update(n=score.n, loss=score.loss, train=self.federation.size(client))
+        if self.place.models is not None:
+            row["model"] = self.place.model_of(client)
         if score.accuracy is not None:
             row["accuracy"] = score.accuracy
         if score.groups is not None:
@@ -169,6 +177,7 @@ class Judge:
         unseen = [row.get("accuracy", row["loss"]) for row in rows if not row["seen"]]
         if seen:
             record["clients"] = self._across(seen)
+            record["clients"].update(self._by_model(rows))
         if unseen:
             record["unseen"] = self._across(unseen)
         if line.last:
@@ -179,6 +188,16 @@ class Judge:
             clients = record.setdefault("clients", {})
             clients["before"] = self._across([before for before, _ in pairs])
             clients["after"] = self._across([after for _, after in pairs])
+
+    def _by_model(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The same summary for the clients of each architecture, where there are several."""
+        groups: dict[str, list[float]] = {}
+        for row in rows:
+            if row["seen"] and "model" in row:
+                groups.setdefault(row["model"], []).append(row.get("accuracy", row["loss"]))
+        if len(groups) < 2:
+            return {}
+        return {"models": {name: self._across(groups[name]) for name in sorted(groups)}}
 
     def _across(self, values: Sequence[float]) -> dict[str, Any]:
         return dict(self.measures.across(values, higher_is_better=self.federation.task.kind == "classification"))

@@ -96,9 +96,11 @@ class Clock(Protocol):
     All answers are functions of the arguments alone, so that the same seed gives the same timeline.
     """
 
-    def trip(self, job: Job, start: float, *, down: int, up: int, samples: int, steps: int) -> Trip:
-        """A job's way when it is dispatched at ``start``, for bytes down and up and the work counted. More bytes
-        or work never make it shorter."""
+    def trip(
+        self, job: Job, start: float, *, down: int, up: int, samples: int, steps: int, flops: float | None = None
+    ) -> Trip:
+        """A job's way when it is dispatched at ``start``, for bytes down and up and the work counted (flops: None
+        where only samples are known). More bytes or work never make it shorter."""
         ...
 
     def online(self, clients: np.ndarray, time: float, version: int) -> np.ndarray:
@@ -117,7 +119,9 @@ class Clock(Protocol):
 class Instant:
     """Identical devices in the zero-delay limit: everything arrives at once, and everybody is there."""
 
-    def trip(self, job: Job, start: float, *, down: int, up: int, samples: int, steps: int) -> Trip:
+    def trip(
+        self, job: Job, start: float, *, down: int, up: int, samples: int, steps: int, flops: float | None = None
+    ) -> Trip:
         """0."""
         return Trip()
 

@@ -46,7 +46,8 @@ Together = Callable[[Any], Any]
 
 @dataclass
 class Fit:
-    """What training did. weights: trained, shaped as given. carry: as the last step left it. grad_sum: sum of the
+    """What training did. weights: trained, shaped as given. flops: computed, counting a model of which anything was
+    trained as a whole. carry: as the last step left it. grad_sum: sum of the
     raw gradients of the loss over the steps (if asked for): before clipping and without weight decay. lr_sum: sum
     of the step sizes. loss: mean over the steps."""
 
@@ -57,6 +58,7 @@ class Fit:
     steps: int
     samples: int
     loss: float
+    flops: float = 0.0
 
 
 @dataclass
@@ -151,6 +153,15 @@ class _Models:
                     self.leaves.append(p)
         if not self.leaves:
             raise ValueError("nothing to train: no parameter was chosen as trainable")
+
+    def flops(self) -> float:
+        """FLOP for a row: forward and backward of every model of which anything is trained, forward of others."""
+        total = 0.0
+        for key, instance in self.instances.items():
+            trained = self.single or any(name.startswith(f"{key}/") for name in self.names)
+            cost = instance.architecture.flops
+            total += cost.training if trained else cost.forward
+        return total
 
     @property
     def modules(self) -> Models:
@@ -281,6 +292,7 @@ def training(site: Site, weights: Any, plan: Plan) -> Generator[float, None, Fit
         result.samples = grad.rows
         result.loss += grad.value
         yield grad.value
+    result.flops = result.samples * models.flops()
     result.loss = result.loss / result.steps if result.steps else math.nan
     result.grad_sum = dict(zip(models.names, grad.sums, strict=True)) if grad.sums is not None else {}
     result.weights = models.read()

@@ -178,7 +178,7 @@ class Score(NamedTuple):
 
 @record
 class Work(NamedTuple):
-    """What a job did: update to send, samples and steps computed, training loss, judgements if asked for."""
+    """What a job did: update to send, samples, steps and FLOP computed, training loss, judgements if asked for."""
 
     update: Tree
     samples: int
@@ -186,6 +186,7 @@ class Work(NamedTuple):
     loss: float
     before: Score | None = None
     after: Score | None = None
+    flops: float = 0.0
 
 
 @record

@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from consilience.core import tree as tr
 from consilience.core.errors import ConfigError
+from consilience.core.flops import Flops, count
 from consilience.core.streams import philox, torch_fork
 from consilience.core.tree import record
 
@@ -77,6 +78,11 @@ class Architecture:
         return read(self.build())
 
     @functools.cached_property
+    def flops(self) -> Flops:
+        """FLOP for one row, forward and in training."""
+        return count(self.build(), self.input_shape, self.dtype)
+
+    @functools.cached_property
     def width(self) -> int | None:
         """Features that the head is given; None for a model that is not split."""
         module = self.build()
@@ -132,6 +138,10 @@ class Instance:
         """Buffers that belong to no state, with what they held when new: no borrower sees the last one's."""
         self.home = {name: p.data for name, p in self.parameters.items()}
         """The module's own storage."""
+        self.tally: Callable[[float], None] | None = None
+        """Whom to tell the FLOP of rows that pass, in evaluation mode."""
+        seen = self.module.features if isinstance(self.module, SplitModel) else self.module
+        seen.register_forward_hook(self._tell)
         self.row: tuple[str, int] | None = None
         """Which row of which common storage that is, in a stack."""
         for part in self.module.modules():
@@ -151,8 +161,14 @@ class Instance:
         for name, tensor in buffers.items():
             self.buffers[name].data = tensor
 
-    def fill(self, weights: Weights, *, train: bool) -> nn.Module:
-        """Copy ``weights`` in and set the mode; parameters want gradients only in training mode."""
+    def _tell(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if self.tally is not None and isinstance(output, Tensor):
+            self.tally(len(output) * self.architecture.flops.forward)
+
+    def fill(self, weights: Weights, *, train: bool, tally: Callable[[float], None] | None = None) -> nn.Module:
+        """Copy ``weights`` in and set the mode; parameters want gradients only in training mode. tally: is told the
+        FLOP of rows that pass."""
+        self.tally = tally
         self.point(self.home)
         _copy(self.home, weights.params, self.architecture.name)
         _copy(self.buffers, weights.buffers, self.architecture.name)

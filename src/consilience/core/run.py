@@ -71,6 +71,7 @@ class Loop:
             self.numbers: dict[int, int] = {}
             self.admitted: dict[int, int] = {}
             self.totals = Totals()
+            self.spent: dict[int, Totals] = {}
             self.arrived: dict[int, Reply] = {}
             self.flights: dict[int, Flight] = {}
             self.timers: list[float] = []
@@ -132,7 +133,7 @@ class Loop:
         for flight in sorted((f for f in self.flights.values() if f.arrives <= self.time), key=lambda f: f.order):
             job = flight.job
             del self.flights[job.id]
-            self._spend(**flight.cost.until(flight.leg)._asdict())
+            self._spend(flight.cost.until(flight.leg), job.client)
             if flight.leg.lost is not None:
                 self.executor.settle((), [job])
                 self._lap(flight.reply, "lost")
@@ -178,7 +179,7 @@ class Loop:
         for job in jobs:
             flight = self.flights.pop(job)
             leg = flight.leg._replace(lost=self.time - flight.at)
-            self._spend(**flight.cost.until(leg)._asdict())
+            self._spend(flight.cost.until(leg), flight.job.client)
             self.executor.settle((), [flight.job])
             self._lap(flight.reply, "cancelled", self.time)
 
@@ -232,7 +233,7 @@ class Loop:
         message, down = self.outbox.message(self.server, phase, job.client, job.slot)
         if ticket is None:
             ticket = self.executor.submit(job, message, resumes=resumes is not None)
-        self._spend(bytes_down=down)
+        self._spend(Totals(bytes_down=down), job.client)
         least = self.method.least_samples(phase, self.federation.size(job.client), job.steps)
         bound = self.setup.clock.trip(job, self.time, down=down, up=0, samples=least, steps=0).seconds
         self.order += 1
@@ -248,12 +249,12 @@ class Loop:
         works = self.executor.collect([o.job for o in opened], [o.ticket for o in opened])
         for o, work in zip(opened, works, strict=True):
             job, up, samples, steps, before = o.job, size_of(work.update), work.samples, work.steps, work.before
-            leg = self.setup.clock.trip(job, o.at, down=o.down, up=up, samples=samples, steps=steps)
+            leg = self.setup.clock.trip(job, o.at, down=o.down, up=up, samples=samples, steps=steps, flops=work.flops)
             if o.at + leg.seconds < o.bound:
                 raise ConsilienceError(
                     f"{self.method.name}: client {job.client} computed {samples} samples, fewer than least_samples says"
                 )
-            cost, since, trip, rings = Totals(up, 0, samples, steps), o.at, leg, o.rings
+            cost, since, trip, rings = Totals(up, 0, samples, steps, work.flops), o.at, leg, o.rings
             if o.earlier is not None:
                 since, rings, before = o.earlier.since, o.earlier.rings, o.earlier.before
                 samples, steps, trip = samples + o.earlier.trained, steps + o.earlier.steps, o.earlier.trip + leg
@@ -297,8 +298,8 @@ class Loop:
                 given = good if summed is None else [summed]
                 call = Call("aggregate", (chain[-1], self.version, self.server, given, cohort))
                 here = self.worker.run if not self.method.trains_on_server else self.executor.run
-                self.server, samples, steps = here(call)
-                self._spend(samples=samples, steps=steps)
+                self.server, *computed = here(call)
+                self._spend(Totals(0, 0, *computed))
         kept_ids = {reply.job.id for reply in good}
         for reply in replies:
             self._lap(reply, "combined" if reply.job.id in kept_ids else "refused")
@@ -354,7 +355,7 @@ class Loop:
         for job, inbox in zip(jobs, inboxes, strict=True):
             got = sum(sizes[n] for n in inbox.messages if n != job.client)
             given = sizes[job.client] * (len(inbox.messages) - 1)
-            self._spend(bytes_up=given, bytes_down=got)
+            self._spend(Totals(given, got), job.client)
             leg = self.setup.clock.trip(job, self.time, down=got, up=given, samples=0, steps=0)._replace(lost=None)
             reply = Reply(
                 job, None, self.federation.size(job.client), 0, 0, 0, leg.seconds, float("nan"),
@@ -412,7 +413,9 @@ class Loop:
             if weight:
                 line["train_loss"] = sum(losses) / weight
             self.lines.append(
-                self.judge.begin(line, self.server, partial(self.outbox.deployed, self.server), self._asked, judged)
+                self.judge.begin(
+                    line, self.server, partial(self.outbox.deployed, self.server), self._asked, judged, self.spent
+                )
             )
         every = self.setup.checkpoint_every
         self.due |= every > 0 and self.version % every == 0  # several groups may be combined at one instant
@@ -444,7 +447,8 @@ class Loop:
         return Snapshot(
             self.version, self.time, self.next_job, self.order, self.started, self.ready, self.begun, self.chain,
             self.server, self.schedule, dict(sorted(self.numbers.items())), dict(sorted(self.admitted.items())),
-            self.totals, tuple(self.arrived.values()), tuple(self.flights.values()), tuple(self.timers),
+            self.totals, dict(sorted(self.spent.items())), tuple(self.arrived.values()), tuple(self.flights.values()),
+            tuple(self.timers),
             self.rings, tuple(self.news), self.watch,
             self.executor.states(), dict(self.executor.pending()),
         )  # fmt: skip
@@ -452,7 +456,7 @@ class Loop:
     def _restore(self, s: Snapshot) -> None:
         self.version, self.time, self.next_job, self.order = s.version, s.time, s.next_job, s.order
         self.started, self.ready, self.begun, self.chain = s.started, s.ready, s.begun, s.chain
-        self.server, self.schedule, self.totals = s.server, s.schedule, s.totals
+        self.server, self.schedule, self.totals, self.spent = s.server, s.schedule, s.totals, dict(s.spent)
         self.numbers, self.admitted, self.timers = dict(s.numbers), dict(s.admitted), list(s.timers)
         self.arrived = {reply.job.id: reply for reply in s.arrived}
         self.flights = {flight.job.id: flight for flight in s.flights}
@@ -532,5 +536,8 @@ class Loop:
         phase = self.when.first
         return Job(-1, client, number, self.admitted.get(client, 0), self.version, phase)
 
-    def _spend(self, **more: int) -> None:
-        self.totals = self.totals.plus(**more)
+    def _spend(self, more: Totals, client: int | None = None) -> None:
+        """Count what the server has spent, or a client."""
+        self.totals = self.totals.plus(more)
+        if client is not None:
+            self.spent[client] = self.spent.get(client, Totals()).plus(more)

@@ -65,6 +65,25 @@ class Place:
         return self.architectures[name] if name in self.architectures else self.networks[name]
 
 
+@dataclass
+class Computed:
+    """Samples and steps of training, and FLOP of training and of models asked beside it."""
+
+    samples: int = 0
+    steps: int = 0
+    flops: float = 0.0
+
+    def add(self, samples: int, steps: int, flops: float) -> None:
+        """A training."""
+        self.samples += samples
+        self.steps += steps
+        self.flops += flops
+
+    def more(self, flops: float) -> None:
+        """Rows that passed a model."""
+        self.flops += flops
+
+
 class Site:
     """A client as its own code sees it. Nothing here reaches another client or the server.
 
@@ -79,13 +98,13 @@ class Site:
         self.model = place.model_of(job.client) if job.client != SERVER else place.server_model
         self.train, self.valid, self.test = data.train, data.valid, data.test
         self.streams = Streams(place.seed, job.client, job.number, phase)
-        self.computed = [0, 0]
-        """Samples and steps computed so far."""
+        self.computed = Computed()
+        """What has been computed so far."""
         self.last_loss = float("nan")
         """Mean training loss of the first fit, which is the training; later ones are a method's own business."""
         self.together = together
         """Whom to ask for gradients, where clients run in step."""
-        self._pool = pool
+        self._pool, self._judging = pool, False
 
     @property
     def public(self) -> Split:
@@ -119,7 +138,7 @@ class Site:
 
     def bind(self, weights: Weights, model: str = "") -> nn.Module:
         """A module holding ``weights``, in evaluation mode; its parameters take no gradient."""
-        return self.borrow(model).fill(weights, train=False)
+        return self.borrow(model).fill(weights, train=False, tally=None if self._judging else self.computed.more)
 
     def cast(self, data: Split) -> Split:
         """Data in the dtype of the site's architecture."""
@@ -142,8 +161,7 @@ class Site:
                 except StopIteration as done:
                     fit: Fit = done.value
                     break
-        self.computed[0] += fit.samples
-        self.computed[1] += fit.steps
+        self.computed.add(fit.samples, fit.steps, fit.flops)
         if math.isnan(self.last_loss):
             self.last_loss = fit.loss
         return fit
@@ -169,7 +187,12 @@ class Site:
         rows = self.test if data is None else data
         if found is None or not len(rows):
             return Score(0, 0.0, None)
-        return score(self.task, self.scores(found, rows.x), self.cast(rows).y, rows.sensitive)
+        self._judging = True  # evaluation is not part of the work
+        try:
+            scores = self.scores(found, rows.x)
+        finally:
+            self._judging = False
+        return score(self.task, scores, self.cast(rows).y, rows.sensitive)
 
     @contextmanager
     def _scope(self) -> Iterator[None]:

@@ -12,23 +12,27 @@ from consilience.core.tree import Tree, record
 
 @record
 class Totals(NamedTuple):
-    """What has been spent: bytes as encoded, samples and steps as computed (evaluation does not count)."""
+    """What has been spent: bytes as encoded; samples, steps and FLOP as computed (evaluation does not count)."""
 
     bytes_up: int = 0
     bytes_down: int = 0
     samples: int = 0
     steps: int = 0
+    flops: float = 0.0
 
-    def plus(self, *, bytes_up: int = 0, bytes_down: int = 0, samples: int = 0, steps: int = 0) -> Totals:
+    def plus(self, more: Totals) -> Totals:
         """So much more."""
+        up, down, samples, steps, flops = more
         return Totals(
-            self.bytes_up + bytes_up, self.bytes_down + bytes_down, self.samples + samples, self.steps + steps
+            self.bytes_up + up, self.bytes_down + down, self.samples + samples, self.steps + steps, self.flops + flops
         )
 
     def until(self, leg: Trip) -> Totals:
         """What of this is spent on a way that may end too soon: whole steps and samples computed, bytes sent."""
         up, done = leg.uploaded, leg.computed
-        return Totals(int(self.bytes_up * up), 0, int(self.samples * done), int(self.steps * done))
+        return Totals(
+            int(self.bytes_up * up), 0, int(self.samples * done), int(self.steps * done), float(self.flops * done)
+        )
 
 
 @record
@@ -49,7 +53,8 @@ class Flight(NamedTuple):
 
 @record
 class Snapshot(NamedTuple):
-    """Everything that a run needs to go on, bit for bit. Nothing is in computation when it is taken. states: see
+    """Everything that a run needs to go on, bit for bit. Nothing is in computation when it is taken. spent: by
+    client. states: see
     ``Executor.states``: those on file are read when asked for, and are the run's newest."""
 
     version: int
@@ -65,6 +70,7 @@ class Snapshot(NamedTuple):
     numbers: dict[int, int]
     admitted: dict[int, int]
     totals: Totals
+    spent: dict[int, Totals]
     arrived: tuple[Reply, ...]
     flights: tuple[Flight, ...]
     timers: tuple[float, ...]

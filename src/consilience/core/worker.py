@@ -167,10 +167,10 @@ class Worker:
             update, own = self.method.client_update(phase, site, message, own)
             at.stage = "trained_model"
             after = site.evaluate(self.method.trained_model(site, message, update, own)) if job.judge else None
-            samples, steps = site.computed
             update, kept = self._close(update, own)
         reach("client-after")
-        return Work(update, samples, steps, site.last_loss, before, after), kept
+        done = site.computed
+        return Work(update, done.samples, done.steps, site.last_loss, before, after, done.flops), kept
 
     def do_mix(self, shared: Tree, job: Job, inbox: Inbox, state: Tree) -> Tree:
         """A node's state after an exchange with its neighbours."""
@@ -205,11 +205,11 @@ class Worker:
 
     def do_aggregate(
         self, shared: Tree, phase: int, version: int, server: Tree, replies: Sequence[Reply], cohort: Sequence[int]
-    ) -> tuple[Tree, int, int]:
-        """The server's new state, and the samples and steps that it computed for it."""
+    ) -> tuple[Tree, int, int, float]:
+        """The server's new state, and the samples, steps and FLOP that it computed for it."""
         host = self.host(version, self.program[phase].name)
         new = self.method.aggregate(self.program[phase], host, server, replies, cohort)
-        return new, *host.computed
+        return new, host.computed.samples, host.computed.steps, host.computed.flops
 
     def deployed(self, server: Tree, client: int, state: Tree) -> Predictor | None:
         """What a client would deploy, from the server's and its own state."""

@@ -2,70 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from consilience.core.errors import ConfigError
 from consilience.core.federation import Federation
 from consilience.core.messages import Device, Job, Trip
-from consilience.core.model import Architecture
 from consilience.core.site import Place
-from consilience.core.streams import philox, torch_fork
+from consilience.core.streams import philox
 from consilience.fleet import device as devices_
 from consilience.fleet import profiles
 from consilience.fleet.availability import Always, Availability, parse
-
-
-class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up the FLOP of every operation. torch's own FlopCounterMode does the same, but makes torch import its
-    compiler, which takes longer than many a run."""
-
-    total = 0
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=out)
-        return out
-
-
-@functools.lru_cache(maxsize=64)
-def flops(architecture: Architecture) -> float:
-    """FLOP to train on one row: forward and backward, counted once per architecture by torch's formulas.
-
-    It counts matrix products and convolutions; a model with neither, or that cannot be evaluated here, gets six for
-    each parameter. (One that always fails will do so at its first client, whose error says where.)
-    """
-    module = architecture.build().train()
-    counter = _Counter()  # type: ignore[no-untyped-call]
-    with torch_fork(0), torch.enable_grad(), counter:
-        rows = torch.zeros(2, *architecture.input_shape, dtype=architecture.dtype)  # BatchNorm wants two
-        with contextlib.suppress(Exception):
-            module(rows).sum().backward()
-    return counter.total / 2 or 6.0 * sum(p.numel() for p in module.parameters())
 
 
 @dataclass(frozen=True)
 class Fleet:
     """A core ``Clock``: devices and availability of clients 0 .. n - 1.
 
-    work: FLOP for a row, by client. drops: chance that a job is lost on its way. seed: of what is drawn.
+    work: FLOP to train on a row, by client. drops: chance that a job is lost on its way. seed: of what is drawn.
     """
 
     devices: Sequence[Device]
@@ -74,17 +34,21 @@ class Fleet:
     drops: float = 0.0
     seed: int = 0
 
-    def trip(self, job: Job, start: float, *, down: int, up: int, samples: int, steps: int) -> Trip:
-        """Wait, latency + bytes / bandwidth down, samples x FLOP / speed, latency + bytes / bandwidth up.
+    def trip(
+        self, job: Job, start: float, *, down: int, up: int, samples: int, steps: int, flops: float | None = None
+    ) -> Trip:
+        """Wait, latency + bytes / bandwidth down, FLOP / speed, latency + bytes / bandwidth up.
 
-        A message of no bytes is not sent and takes no time.
+        A message of no bytes is not sent and takes no time. Where no FLOP are known, they are those of training the
+        client's model on the samples.
         """
         device = self.devices[job.client]
         begin = self.availability.returns(job.client, start, job.version)
         wait = begin - start
         download = device.latency + down / device.down if down else 0.0
         upload = device.latency + up / device.up if up else 0.0
-        compute = samples / device.rate if device.rate is not None else samples * self.work[job.client] / device.speed
+        work = samples * self.work[job.client] if flops is None else flops
+        compute = samples / device.rate if device.rate is not None else work / device.speed
         whole = wait + download + compute + upload
         lost = math.inf
         if self.drops:
@@ -190,7 +154,7 @@ def make_fleet(
     when = parse(availability, federation.n_clients, place.seed, labels)
     if not isinstance(when, Always) and not any(when.returns(int(c), 0.0, 0) < math.inf for c in federation.seen):
         raise ConfigError(f"--availability {availability}: no client that may train is ever online")
-    work = {name: flops(architecture) for name, architecture in place.architectures.items()}
+    work = {name: architecture.flops.training for name, architecture in place.architectures.items()}
     n = federation.n_clients
     of = [work[place.server_model]] * n if place.models is None else [work[place.model_of(c)] for c in range(n)]
     return Fleet(devices, when, of, drops, place.seed)
