@@ -39,6 +39,7 @@ from consilience.fleet.summary import describe
 from consilience.fleet.topology import summary
 from consilience.folder import RunFolder, digest_text
 from consilience.measure.metrics import Standard
+from consilience.parts.split import head_of
 from consilience.schedule import names as schedules
 from consilience.schedule.buffered import Buffered
 from consilience.wire.validate import Validation
@@ -277,10 +278,12 @@ class Offer:
         """What ``method`` needs and is not there, in words."""
         needs, task = method.needs, self.federation.task
         widths = {a.width for a in self.architectures.values()}
+        heads = {tuple((name, p.shape) for name, p in head_of(a.spec).items()) for a in self.architectures.values()}
         lacks = [
             (not self._mixes(needs.architectures), MIXES[needs.architectures]),
             (needs.split_model and None in widths, "split models (features and head)"),
             (needs.same_features and len(widths) > 1, "one feature width for all models (--feature-dim N)"),
+            (needs.same_features and len(widths) == 1 and len(heads) > 1, "heads of one shape"),
             (needs.public_data and self.federation.public is None, "public data (--public N)"),
             (needs.classification and task.kind != "classification", "a classification task"),
             (needs.loss and task.kind == "operator", "a task with a loss"),

@@ -68,10 +68,19 @@ SCHEDULES = {
     "compass": Case(FedAvg(form="delta"), {**ROUGH, "schedule": "compass:2:8:1.2", "participation": 1.0}),
     "async": Case(FedAvg(form="delta"), {**ROUGH, "schedule": "async", "availability": "markov:0.5:0.2"}),
 }
-SMALL: dict[str, dict[str, Any]] = {"fedbuff": {"buffer": 2}, "fedcompass": {"least": 2, "most": 8}}
+SMALL: dict[str, dict[str, Any]] = {
+    "fedbuff": {"buffer": 2},
+    "fedcompass": {"least": 2, "most": 8},
+    "fedtgp": {"server_epochs": 2},
+}
 """Options without which a method does not fit a federation of five clients, or a test."""
+MIXED = {"models": "mlp:16*0.5,logistic*0.5", "feature_dim": 8}
+RUNS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("fedproto", "feddistill", "lgfedavg", "fedgh", "fedtgp", "fedsa"), MIXED),
+}
+"""Options of a run with which a method shows what it is for."""
 CASES = (
-    {name: Case(cls(**SMALL.get(name, {}))) for name, cls in methods.every().items()}
+    {name: Case(cls(**SMALL.get(name, {})), RUNS.get(name, {})) for name, cls in methods.every().items()}
     | {f"fixture-{k}": c for k, c in FIXTURES.items()}
     | {f"schedule-{k}": c for k, c in SCHEDULES.items()}
 )

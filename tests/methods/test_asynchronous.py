@@ -456,7 +456,7 @@ def simulated(executor: Executor, schedule: Any, rounds: int = 30) -> Any:
     from consilience.measure.metrics import Standard
 
     memory = helpers.Memory()
-    clock = Fleet([Device(100.0 + 7 * c, 1e6, 1e6, 0.01) for c in range(5)], Always(), [1.0] * 5)
+    clock = Fleet([Device(1.0, 1e6, 1e6, 0.01, rate=100.0 + 7 * c) for c in range(5)], Always(), [1.0] * 5)
     run_loop(executor, Setup(rounds, 5, schedule, clock, Standard(), memory, checkpoint_every=0))
     return memory
 

@@ -227,7 +227,7 @@ def test_a_slowing_client_comes_late_and_is_not_lost() -> None:
 
 
 def fleet(periods: dict[int, list[tuple[float, float]]], drops: float = 0.0) -> Fleet:
-    return Fleet([Device(1.0, 1e9, 1e9)] * N, Trace(periods), [1.0] * N, drops, seed=0)
+    return Fleet([Device(1.0, 1e9, 1e9, rate=1.0)] * N, Trace(periods), [1.0] * N, drops, seed=0)
 
 
 SCHEDULES = [

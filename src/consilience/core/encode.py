@@ -34,6 +34,8 @@ DTYPES: dict[str, torch.dtype] = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _SCALARS = (bool, int, float, str, type(None))
+ALIGNMENT = 64
+"""Bytes at a multiple of which torch lets tensors begin on a CPU."""
 MAX_DEPTH = 64
 """Deepest nesting that is written and read."""
 
@@ -150,7 +152,8 @@ def encode(tree: Tree) -> bytearray:
 def decode(buffer: Any, *, copy: bool = True, limit: int | None = None) -> Tree:
     """The tree in ``buffer`` (bytes-like; writable if ``copy`` is False, since tensors are then views of it).
 
-    limit: most bytes that are looked at. Raises DecodeError.
+    Views that do not begin at a multiple of :data:`ALIGNMENT` are copied all the same. limit: most bytes that are
+    looked at. Raises DecodeError.
     """
     view = memoryview(buffer)
     if limit is not None and len(view) > limit:
@@ -185,7 +188,9 @@ def _tensor(name: str, entry: Any, data: Any, base: int, size: int) -> Tensor:
             return torch.empty(shape, dtype=dtype)
         except (RuntimeError, TypeError) as error:
             raise DecodeError(f"tensor {name}: a shape that cannot be") from error
-    return torch.frombuffer(data, dtype=dtype, count=count, offset=base + start).view(shape)
+    found = torch.frombuffer(data, dtype=dtype, count=count, offset=base + start).view(shape)
+    # The last bits of a matrix product depend on where its operands begin, so they begin as torch's own tensors do.
+    return found.clone() if found.data_ptr() % ALIGNMENT else found
 
 
 def _grow(node: Any, found: dict[str, Tensor], depth: int) -> Tree:

@@ -27,6 +27,12 @@ _WHERE = {
     "fedasmu": ("fedasmu", "FedASMU"),
     "fedcompass": ("fedcompass", "FedCompass"),
     "dpsgd": ("dpsgd", "DPSGD"),
+    "fedproto": ("fedproto", "FedProto"),
+    "feddistill": ("feddistill", "FedDistill"),
+    "lgfedavg": ("lgfedavg", "LGFedAvg"),
+    "fedgh": ("fedgh", "FedGH"),
+    "fedtgp": ("fedtgp", "FedTGP"),
+    "fedsa": ("fedsa", "FedSA"),
 }
 
 NAMES = tuple(_WHERE)
