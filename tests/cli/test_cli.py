@@ -286,12 +286,12 @@ def test_a_comparison_is_no_run_but_has_some(place: Path) -> None:
 REFUSED: list[tuple[list[str], str]] = [
     (["run", "fedagv"], "unknown method 'fedagv'; did you mean 'fedavg'?"),
     (["run", "fedavg", "--roundz", "3"], "did you mean '--rounds'?"),
-    (["run", "fedavg", "--mu", "1"], "no option '--mu' of run or fedavg; fedprox, moon have it\n"),
+    (["run", "fedavg", "--mu_b", "1"], "no option '--mu_b' of run or fedavg; fedasmu has it\n"),
     (["run", "fedavg", "--xyzzy", "1"], "no option '--xyzzy' of run or fedavg\n"),
-    (["compare", "local", "fedavg:mu=1"], "fedavg has no option 'mu'; fedprox, moon have it\n"),
+    (["compare", "local", "fedavg:mu_b=1"], "fedavg has no option 'mu_b'; fedasmu has it\n"),
     (
-        ["compare", "fedavg", "--mu", "1"],
-        "no option '--mu' of compare; fedprox, moon have it (write METHOD:mu=VALUE)\n",
+        ["compare", "fedavg", "--mu_b", "1"],
+        "no option '--mu_b' of compare; fedasmu has it (write METHOD:mu_b=VALUE)\n",
     ),
     (["compare", "fedavg", "--roundz", "1"], "no option '--roundz' of compare; did you mean '--rounds'?\n"),
     (["run", "fedprox", "--mu", "-1"], "mu='-1'"),

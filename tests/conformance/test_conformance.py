@@ -21,9 +21,7 @@ from consilience.methods import DPSGD, FedASMU, FedAvg, FedProx
 from consilience.schedule.immediate import Immediate
 from consilience.schedule.rounds import Rounds
 
-from .fixtures.feddf import FedDF
 from .fixtures.fedem import FedEM
-from .fixtures.fedmd import FedMD
 
 ROUNDS = 4
 
@@ -48,8 +46,6 @@ class Spread(Instant):
 
 
 FIXTURES = {
-    "fedmd": Case(FedMD(), {"models": "mlp:16*0.5,logistic*0.5"}, {"public": 60}),
-    "feddf": Case(FedDF(), {"models": "mlp:16*0.5,logistic*0.5", "model": "logistic"}, {"public": 60}),
     "fedem": Case(FedEM()),
     "dpsgd-ring": Case(DPSGD(), {"topology": "ring", "participation": 1.0}),
     "dpsgd-cta": Case(
@@ -72,15 +68,25 @@ SMALL: dict[str, dict[str, Any]] = {
     "fedbuff": {"buffer": 2},
     "fedcompass": {"least": 2, "most": 8},
     "fedtgp": {"server_epochs": 2},
+    "feddf": {"server_steps": 3},
+    "fedgen": {"share": "head", "generator_steps": 3},
+    "fedmd": {"warm_up": 1},
 }
 """Options without which a method does not fit a federation of five clients, or a test."""
 MIXED = {"models": "mlp:16*0.5,logistic*0.5", "feature_dim": 8}
 RUNS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("fedproto", "feddistill", "lgfedavg", "fedgh", "fedtgp", "fedsa"), MIXED),
+    name: MIXED for name, cls in methods.every().items() if cls.needs.architectures == "any"
+} | {
+    "mhd": {**MIXED, "topology": "ring", "participation": 1.0},
 }
 """Options of a run with which a method shows what it is for."""
+PUBLIC: dict[str, Any] = {"public": 60}
+"""What the federation offers to methods that need public rows."""
 CASES = (
-    {name: Case(cls(**SMALL.get(name, {})), RUNS.get(name, {})) for name, cls in methods.every().items()}
+    {
+        name: Case(cls(**SMALL.get(name, {})), RUNS.get(name, {}), PUBLIC if cls.needs.public_data else {})
+        for name, cls in methods.every().items()
+    }
     | {f"fixture-{k}": c for k, c in FIXTURES.items()}
     | {f"schedule-{k}": c for k, c in SCHEDULES.items()}
 )
@@ -199,12 +205,6 @@ def test_fedasmu_merges_fresh_models_in_mid_job() -> None:
 def test_fedem_with_one_component_is_fedavg() -> None:
     one, plain = run(Case(FedEM(components=1))), run(CASES["fedavg"])
     assert tr.digest(one.server.models[0]) == tr.digest(plain.server.model)
-
-
-def test_feddf_without_steps_is_fedavg() -> None:
-    same = run(Case(FedDF(distill_steps=0), {}, {"public": 60}))
-    plain = run(Case(methods.FedAvg(), {}, {"public": 60}))
-    assert tr.digest(same.server.models["mlp:16"]) == tr.digest(plain.server.model)
 
 
 def test_dpsgd_on_a_complete_graph_is_fedavg() -> None:

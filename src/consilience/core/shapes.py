@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -24,10 +24,10 @@ class Shape(NamedTuple):
     distinct: bool = False
 
 
-Expected = Weights | Params | Shape
-"""A whole model, parameters by name, or one tensor."""
 Wrong = tuple[str, str]
 """(what, why)."""
+Expected = Weights | Params | Shape | Callable[[Any], Wrong | None]
+"""A whole model, parameters by name, one tensor, or a function that says what is wrong with a field."""
 
 
 def misfit(found: Any, expected: Expected, lengths: dict[str, int]) -> Wrong | None:
@@ -35,6 +35,8 @@ def misfit(found: Any, expected: Expected, lengths: dict[str, int]) -> Wrong | N
     if isinstance(expected, Shape):
         why = _tensor(found, expected, lengths)
         return None if why is None else ("", why)
+    if callable(expected):
+        return expected(found)
     if isinstance(expected, Weights):
         if not isinstance(found, Weights):
             return "", f"is {type(found).__name__}, not a model"

@@ -33,6 +33,13 @@ _WHERE = {
     "fedgh": ("fedgh", "FedGH"),
     "fedtgp": ("fedtgp", "FedTGP"),
     "fedsa": ("fedsa", "FedSA"),
+    "fml": ("fml", "FML"),
+    "fedkd": ("fedkd", "FedKD"),
+    "fedgen": ("fedgen", "FedGen"),
+    "fedmd": ("fedmd", "FedMD"),
+    "feddf": ("feddf", "FedDF"),
+    "knfu": ("knfu", "KnFu"),
+    "mhd": ("mhd", "MHD"),
 }
 
 NAMES = tuple(_WHERE)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from consilience.core import tree as tr
 from consilience.core.messages import Kind, Refusal, Reply, kinds
+from consilience.core.model import Weights
 from consilience.core.shapes import misfit
 from consilience.core.site import Place
 from consilience.core.tree import Tree
@@ -59,12 +60,14 @@ class Validation:
         name = self._place.model_of(client)
         if name not in self._known:
             spec = self._place.architectures[name].spec
+            own = self._place.method.expects(self._place, name)
             if self._place.method.buffers == "local":
                 spec = spec._replace(buffers={})
+                own = {k: v._replace(buffers={}) if isinstance(v, Weights) else v for k, v in own.items()}
             usual: dict[Any, Any] = {
                 Kind.MODEL: spec, Kind.BUFFERS: spec.buffers, Kind.DELTA: spec.params, Kind.CONTROL: spec.params
             }  # fmt: skip
-            self._known[name] = {**usual, **self._place.method.expects(self._place, name)}
+            self._known[name] = {**usual, **own}
         return self._known[name]
 
 
