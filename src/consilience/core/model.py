@@ -20,6 +20,10 @@ from consilience.core.tree import record
 
 Params = dict[str, Tensor]
 """Parameters by name."""
+Axes = dict[str, tuple[str, ...]]
+"""By parameter or buffer, for each of its dimensions the layer along whose units it runs; "" for inputs and kernels."""
+OUTPUTS = "outputs"
+"""The axis of a model's outputs."""
 
 
 @record
@@ -76,6 +80,19 @@ class Architecture:
     def spec(self) -> Weights:
         """Weights whose names, shapes and dtypes are those of the model."""
         return read(self.build())
+
+    @functools.cached_property
+    def axes(self) -> Axes:
+        """What its nested widths are cut by. Raises ConfigError if the model does not say."""
+        module = self.build()
+        own = getattr(module, "axes", None)
+        if not callable(own) or isinstance(own, Tensor):
+            raise ConfigError(
+                f"model '{self.name}' cannot be cut: it has no method axes() that says along which layer's units each "
+                "dimension of each parameter runs"
+            )
+        found: Axes = own()
+        return found
 
     @functools.cached_property
     def flops(self) -> Flops:
