@@ -4,10 +4,10 @@
     python benchmarks/architectures.py --part 0/2   the first half of them (for a second process beside this one)
     python benchmarks/architectures.py --table      the results as Markdown tables
 
-20 clients of 300 training and 200 test rows, 40 rounds with everybody, three seeds, two kinds of label skew. In the first
-suite clients have four architectures with 64 features each, in the second four widths of LeNet. Results are kept run by
-run in ``benchmarks/results/architectures.json``. Settings were fixed before the first run (one local epoch, batches of
-32, lr 0.05, each method's own defaults) and nothing was tuned; a claim that did not hold stays in the table.
+20 clients of 300 training and 200 test rows, 40 rounds with everybody, three seeds, two kinds of label skew. In the
+first suite clients have four architectures with 64 features each, in the second four widths of LeNet. Results are kept
+run by run in ``benchmarks/results/architectures.json``. Settings were fixed before the first run (one local epoch,
+batches of 32, lr 0.05, each method's own defaults) and nothing was tuned; a claim that did not hold stays in the table.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 import consilience
+from consilience.architectures import assign
 from consilience.config import parse_method
 from consilience.core.checkpoint import write_atomically
 from consilience.core.training import option
@@ -80,11 +81,8 @@ def go(suite: str, text: str, fed: Any, seed: int) -> dict[str, Any]:
     """What a run gave and cost."""
     options = dict(SUITES[suite][0])
     if text == "large-only":
-        names = consilience.simulate.prepare(
-            get("local")(), fed, model="lenet", models=options.pop("models"), seed=seed
-        )
-        assert names.place.models is not None
-        method: Any = Large(who=tuple(c for c in range(CLIENTS) if names.place.models[c] == "lenet"))
+        dealt = assign(options.pop("models"), fed, seed)
+        method: Any = Large(who=tuple(c for c in range(CLIENTS) if dealt[c].name == "lenet"))
     else:
         name, own = parse_method(text)
         method = get(name).make(own)
@@ -148,8 +146,12 @@ def tables(found: Mapping[str, Any]) -> str:
     lines: list[str] = []
     for suite, (_, methods) in SUITES.items():
         for skew in SKEWS:
-            lines += [f"\n**{suite}, {SKEWS[skew]}**\n", "| method | clients, mean % (each seed) | gain over local | "
-                      "clients that gain | global % | MB | GFLOP | virtual s |", "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+            lines += [
+                f"\n**{suite}, {SKEWS[skew]}**\n",
+                "| method | clients, mean % (each seed) | gain over local | clients that gain | global % | MB | "
+                "GFLOP | virtual s |",
+                "|---|---|---|---|---|---|---|---|",
+            ]
             alone = numbers(found, suite, skew, "local", mean_accuracy)
             for method in methods:
                 own = numbers(found, suite, skew, method, mean_accuracy)

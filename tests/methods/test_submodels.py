@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -274,6 +278,19 @@ def test_batch_statistics_of_the_end_are_those_of_the_data() -> None:
         )  # fmt: skip
     off = consilience.run(HeteroFL(local_steps=2, static_bn=False), federation, model="resnet8:batchnorm", rounds=1)
     assert not off.server.statistics
+
+
+def test_narrow_residual_nets_keep_to_their_memory() -> None:
+    """Laid out with channels last, they would crash, sooner or later; so this runs apart."""
+    code = (
+        "import consilience; from consilience.methods import HeteroFL;"
+        "f = consilience.make_federation('digits', clients=2, seed=0);"
+        "consilience.run(HeteroFL(local_steps=20), f, model='resnet8', models='resnet8@0.25,0.125', rounds=1,"
+        "executor='serial')"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 # --- what is refused -------------------------------------------------------------------------------------------
