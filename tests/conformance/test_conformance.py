@@ -72,6 +72,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "feddf": {"server_steps": 3},
     "fedgen": {"share": "head", "generator_steps": 3},
     "fedmd": {"warm_up": 1},
+    "fedlex": {"explore_epochs": 2, "patience": 1},
+    "fald": {"burn_in": 1, "thin": 2, "keep": 2},
 }
 """Options without which a method does not fit a federation of five clients, or a test, or shows less of its state."""
 MIXED = {"models": "mlp:16*0.5,logistic*0.5", "feature_dim": 8}
