@@ -79,6 +79,7 @@ MIXED = {"models": "mlp:16*0.5,logistic*0.5", "feature_dim": 8}
 RUNS: dict[str, dict[str, Any]] = {
     name: MIXED for name, cls in methods.every().items() if cls.needs.architectures == "any"
 } | {
+    **{name: {"models": "mlp:16@1.0,0.5,0.25"} for name in ("heterofl", "fedrolex", "feddropout")},
     "mhd": {**MIXED, "topology": "ring", "participation": 1.0},
 }
 """Options of a run with which a method shows what it is for."""
