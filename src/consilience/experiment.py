@@ -68,7 +68,7 @@ def specs(settings: Settings, names: Sequence[str]) -> list[RunSpec]:
         name, own = parse_method(text)
         options = {**settings.training, **own}
         made = methods.make(name, options)
-        options = {key: getattr(made, key) for key in options}
+        options = {key: getattr(made, key.removeprefix("base.")) for key in options}
         for k in range(settings.config.seeds):
             config = settings.config.model_copy(update={"seed": settings.config.seed + k, "seeds": 1})
             found.append(RunSpec(text, name, options, config))

@@ -139,6 +139,11 @@ class Method(Training):
                 raise ConfigError(f"{cls.name} has no option '{key}'{nearest(key, cls.options())}")
         return cls(**values)
 
+    @classmethod
+    def over(cls, values: Mapping[str, Any]) -> type[Method]:
+        """The class that these option values ask for: a method that wraps another is one of several."""
+        return cls
+
     def rate(self, version: int) -> float:
         """Local step size after ``version`` server updates."""
         return self.lr * self.lr_decay**version

@@ -50,6 +50,7 @@ _WHERE = {
     "heterofl": ("heterofl", "HeteroFL"),
     "fedrolex": ("fedrolex", "FedRolex"),
     "feddropout": ("feddropout", "FedDropout"),
+    "inco": ("inco", "InCo"),
     "fml": ("fml", "FML"),
     "fedkd": ("fedkd", "FedKD"),
     "fedgen": ("fedgen", "FedGen"),
@@ -77,7 +78,8 @@ def get(name: str) -> type[Method]:
 def make(name: str, values: Mapping[str, Any]) -> Method:
     """The method called ``name`` with these options (strings allowed). Raises ConfigError; of an option that others
     have, it says which."""
-    cls = get(name)
+    values = {key.removeprefix("base."): value for key, value in values.items()}  # of the method that this one wraps
+    cls = get(name).over(values)
     for key in values:
         if key not in cls.options():
             raise ConfigError(f"{name} has no option '{key}'{takers(key) or nearest(key, cls.options())}")

@@ -13,25 +13,26 @@ from consilience.core.errors import ConfigError, nearest
 from consilience.core.model import Architecture, Factory, SplitModel, check_factory
 from consilience.models import small
 
-NAMES = ("logistic", "mlp", "lenet", "cnn", "resnet8", "resnet8:batchnorm")
-_FAMILY = {"resnet8": "resnet"}
+NAMES = ("logistic", "mlp", "lenet", "cnn", "resnet8", "resnet14", "resnet20", "resnet8:batchnorm")
+_FAMILY = dict.fromkeys(("resnet8", "resnet14", "resnet20"), "resnet")
 """Families of models whose parts have common names."""
 
 
 def factory(name: str) -> Factory:
     """How to make the model called ``name``. Raises ConfigError with the nearest right name."""
     kind, _, detail = name.partition(":")
+    resnet = re.fullmatch(r"resnet(8|14|20)(:batchnorm)?", name)
+    if resnet:
+        norm = nn.BatchNorm2d if resnet[2] else small.group_norm
+        return functools.partial(small.ResNet, norm=norm, blocks=(int(resnet[1]) - 2) // 6)
     if detail and kind not in ("mlp", "resnet8"):
         return _imported(name)
     if kind == "mlp" and re.fullmatch(r"\d+(x\d+)*", detail or "200") and "0" not in (detail or "200").split("x"):
         return functools.partial(small.MLP, widths=tuple(int(w) for w in (detail or "200").split("x")))
-    if name == "resnet8:batchnorm":
-        return functools.partial(small.ResNet8, norm=nn.BatchNorm2d)
     plain: dict[str, Factory] = {
         "logistic": small.Linear,
         "lenet": small.LeNet,
         "cnn": small.CNN,
-        "resnet8": small.ResNet8,
     }
     if name not in plain:
         hint = "; widths look like mlp:200x100" if kind == "mlp" else nearest(name, NAMES)

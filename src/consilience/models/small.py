@@ -140,19 +140,28 @@ class _Block(Residual):
         return out
 
 
-class ResNet8(Nested):
-    """``resnet8``: three residual blocks of 16, 32 and 64 channels (He 2016, the CIFAR form with n = 1)."""
+def _stage(before: int, after: int, stride: int, norm: Norm, blocks: int) -> nn.Sequential:
+    first = _Block(before, after, stride, norm)
+    return nn.Sequential(first, *(_Block(after, after, 1, norm) for _ in range(blocks - 1)))
 
-    def __init__(self, input_shape: tuple[int, ...], outputs: int, norm: Norm = group_norm, rate: float = 1.0) -> None:
-        channels, _, _ = _image("resnet8", input_shape, 4)
+
+class ResNet(Nested):
+    """``resnet8``, ``resnet14``, ``resnet20``: three stages of 16, 32 and 64 channels with n = 1, 2 or 3 residual
+    blocks each (He 2016, the CIFAR form of depth 6 n + 2). A shallower one has the first blocks of each stage of a
+    deeper one, by the same names."""
+
+    def __init__(
+        self, input_shape: tuple[int, ...], outputs: int, norm: Norm = group_norm, rate: float = 1.0, blocks: int = 1
+    ) -> None:
+        channels, _, _ = _image(f"resnet{6 * blocks + 2}", input_shape, 4)
         first, second, last = (cut(n, rate) for n in (16, 32, 64))
         features = nn.Sequential(
             nn.Conv2d(channels, first, 3, 1, 1, bias=False),
             norm(first),
             nn.ReLU(),
-            _Block(first, first, 1, norm),
-            _Block(first, second, 2, norm),
-            _Block(second, last, 2, norm),
+            _stage(first, first, 1, norm, blocks),
+            _stage(first, second, 2, norm, blocks),
+            _stage(second, last, 2, norm, blocks),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
         )
