@@ -81,8 +81,7 @@ class Server:
 
     def tell(self, name: str, what: str) -> None:
         """Note what happened, with a site's name or none."""
-        with (self.folder / EVENTS).open("a") as file:
-            file.write(json.dumps({"time": round(time.time(), 3), "site": name, "what": what}) + "\n")
+        note(self.folder, name, what)
         self.on_event(f"{f'site {name} ' if name and not name.startswith('node ') else f'{name} '.lstrip()}{what}")
 
     def _waiting(self) -> Callable[[list[str]], None]:
@@ -217,19 +216,27 @@ class Server:
                 self.tell(name, f"has not exported its model: {_why(answer.head)}")
 
 
+def note(folder: Path, name: str, what: str) -> None:
+    """Append to the events, with a site's name or none."""
+    with (folder / EVENTS).open("a") as file:
+        file.write(json.dumps({"time": round(time.time(), 3), "site": name, "what": what}) + "\n")
+
+
 def _why(head: dict[str, Any]) -> str:
     return str(head.get("refused") or head.get("failed") or "no answer")
 
 
 def main(folder: Path, app: Path, wire: Wire) -> None:
-    """Run a server; on failure one clear line in ``failed.txt``, which whoever started it shows."""
+    """Run a server. At the end ``done.txt`` is written, or one clear line to ``failed.txt``, for whoever started it."""
     from consilience.execute.memory import keep_freed_memory
 
     torch.set_num_threads(1)
     keep_freed_memory()
-    (folder / "failed.txt").unlink(missing_ok=True)
+    for name in ("failed.txt", "done.txt"):
+        (folder / name).unlink(missing_ok=True)
     try:
-        Server(folder, app, wire).run()
+        done = Server(folder, app, wire).run()
+        write_atomically(folder / "done.txt", str(done.path))
     except Exception as error:
         ours = isinstance(error, ConsilienceError)
         write_atomically(folder / "failed.txt", str(error) if ours else f"{type(error).__name__}: {error} (a bug)")
