@@ -23,8 +23,8 @@ from consilience.core.setup import Setup
 from consilience.core.site import Host
 from consilience.core.snapshot import Flight, Sent, Snapshot, Totals
 from consilience.core.streams import philox
+from consilience.core.tree import Tree
 from consilience.core.worker import Call
-
 
 PATIENCE = 1.0
 """Seconds between looks at who can be reached, where that is waited for."""

@@ -36,7 +36,7 @@ def init_command(
         list[str] | None, typer.Option("--host", help="name or address of the server, for its certificate", metavar="")
     ] = None,
 ) -> None:
-    """Write a Flower app (pyproject.toml, client_app.py, server_app.py, run.yaml), the server's keys and certificates."""
+    """Write a Flower app (pyproject.toml, client_app.py, server_app.py, run.yaml), keys and certificates."""
     from consilience.deploy import layout, spec
     from consilience.deploy.keys import need_flower
 
@@ -52,9 +52,7 @@ def init_command(
 @deploy.command("certificate")
 def certificate_command(
     app: App,
-    host: Annotated[
-        list[str] | None, typer.Option("--host", help="name or address of the server", metavar="")
-    ] = None,
+    host: Annotated[list[str] | None, typer.Option("--host", help="name or address of the server", metavar="")] = None,
 ) -> None:
     """Make a new certificate for the server, from the same authority."""
     from consilience.deploy.keys import make_certificates, need_flower
@@ -69,7 +67,9 @@ def certificate_command(
 @deploy.command("site")
 def site_command(
     name: Annotated[str, typer.Argument(help="the site's name, as run.yaml has it")],
-    data: Annotated[str, typer.Option("--data", help="csv, parquet or npz file, or package.module:function", metavar="")],
+    data: Annotated[
+        str, typer.Option("--data", help="csv, parquet or npz file, or package.module:function", metavar="")
+    ],
     server_key: Annotated[str, typer.Option("--server-key", help="the server's public key, or its file", metavar="")],
     ca: Annotated[Path, typer.Option("--ca", help="the server's ca.pem", metavar="")],
     server: Annotated[str, typer.Option("--server", help="HOST:PORT of the server", metavar="")] = "127.0.0.1:8000",
@@ -136,7 +136,7 @@ def local_command(
     rounds: Annotated[int | None, typer.Option("--rounds", help="rounds, over the file's", metavar="")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="folder to write (runs/...)", metavar="")] = None,
 ) -> None:
-    """Try a deployment on this machine: TLS, authenticated nodes, a site for each client of the configuration's data."""
+    """Try a deployment here: TLS, authenticated nodes, a site for each client of the configuration's data."""
     from consilience import experiment
     from consilience.config import read_yaml, settle
     from consilience.deploy import local

@@ -17,8 +17,8 @@ from consilience.core.errors import ConfigError, ConsilienceError, DataError
 from consilience.core.federation import ClientData, Federation, Split, Task, TaskKind
 from consilience.core.streams import SERVER, philox
 from consilience.data.preprocess import Numbers, Statistics, Table, apply, client_statistics, merge
-from consilience.data.read import from_frame, read_arrays, read_file
 from consilience.data.raw import RawData
+from consilience.data.read import from_frame, read_arrays, read_file
 
 PARTS = ("train", "valid", "test")
 
@@ -168,7 +168,7 @@ def _from_arrays(
     _all_there(groups, sensitive, source)
     if xs["valid"] is None and xs["test"] is None:
         return _drawn(_inputs(xs["train"], source), labels["train"], made, groups, split, seed, client)
-    empty = np.zeros((0, *np.shape(xs["train"])[1:]), np.float32)
+    empty = np.zeros((0, *arrays["x"].shape[1:]), np.float32)
     inputs = {part: empty if x is None else _inputs(x, source) for part, x in xs.items()}
     blank = labels["train"][:0]
     by_part = {
@@ -231,7 +231,7 @@ def _drawn(
 def _plain(statistics: Statistics) -> list[list[Any]]:
     """Statistics as JSON has them, exactly."""
     return [
-        [name, list((c.count, c.total, c.squares)) if isinstance(c, Numbers) else dict(c)]
+        [name, [c.count, c.total, c.squares] if isinstance(c, Numbers) else dict(c)]
         for name, c in statistics.columns.items()
     ]
 

@@ -45,7 +45,9 @@ def show(folder: Path) -> Any:
     from rich.table import Table
 
     lines = read(folder)
-    table = Table(title=f"What has left {folder.resolve().name}", box=None, title_justify="left", caption_justify="left")
+    table = Table(
+        title=f"What has left {folder.resolve().name}", box=None, title_justify="left", caption_justify="left"
+    )
     for column in ("Time", "Run", "Round", "Message", "Fields"):
         table.add_column(column, justify="right" if column == "Round" else "left")
     table.add_column("Bytes", justify="right")

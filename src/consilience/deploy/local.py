@@ -138,5 +138,3 @@ def join(folder: Path, tell: Tell) -> None:
             time.sleep(0.5)
     finally:
         node.process.end()
-
-

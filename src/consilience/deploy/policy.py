@@ -38,7 +38,7 @@ class PolicyError(ConsilienceError):
 def read(path: Path) -> Policy:
     """A site's policy; without a file everything is allowed. Raises ConfigError."""
     if not path.exists():
-        return Policy()
+        return Policy.model_validate({})
     values = read_yaml(path)
     try:
         return Policy.model_validate(values)

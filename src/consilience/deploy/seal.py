@@ -60,7 +60,7 @@ def open_sealed(key: Any, message: Sealed, expected: dict[str, Any], limit: int)
     if not signed(key, message.head, message.signature):
         raise SealError("unauthenticated: the signature is wrong")
     try:
-        head = json.loads(message.head)
+        head: dict[str, Any] = json.loads(message.head)
         found = [hashlib.sha256(blob).hexdigest() for blob in message.blobs]
         whole = isinstance(head, dict) and head["blobs"] == found
     except (ValueError, KeyError) as error:

@@ -28,6 +28,7 @@ from consilience.core.outbox import Outbox
 from consilience.core.run import run as run_loop
 from consilience.core.setup import Setup
 from consilience.core.snapshot import Snapshot
+from consilience.core.streams import SERVER
 from consilience.core.units import parse_bytes
 from consilience.core.worker import Worker
 from consilience.deploy import data, spec
@@ -113,7 +114,7 @@ class Server:
         """The server's own rows."""
         config, section = deployment.run.config, deployment.section
         return data.load(
-            source, self.folder, client=data.SERVER, split=config.split, seed=config.seed, target=section.target,
+            source, self.folder, client=SERVER, split=config.split, seed=config.seed, target=section.target,
             task=section.task, sensitive=config.sensitive,
         )  # fmt: skip
 
@@ -123,7 +124,9 @@ class Server:
         from consilience.exporting import read_weights
 
         config, section = deployment.run.config, deployment.section
-        counts = [json.loads((self.folder / "registered.json").read_text())["facts"][n]["rows"] for n in deployment.names]
+        counts = [
+            json.loads((self.folder / "registered.json").read_text())["facts"][n]["rows"] for n in deployment.names
+        ]
         test = None if section.test is None else self._own(deployment, section.test).rows(about).test
         public = None if section.public is None else self._own(deployment, section.public).rows(about).test.x
         federation = Known(
@@ -151,7 +154,9 @@ class Server:
         path, run = self.folder / "run", deployment.run
         budget = parse_bytes(run.config.client_state_memory)
         identity = hashlib.sha256(
-            json.dumps([deployment.section.id, deployment.told(), (self.folder / "registered.json").read_text()]).encode()
+            json.dumps(
+                [deployment.section.id, deployment.told(), (self.folder / "registered.json").read_text()]
+            ).encode()
         ).hexdigest()
         if (path / "config.yaml").exists():
             written = yaml.safe_load((path / "config.yaml").read_text())
@@ -165,9 +170,7 @@ class Server:
         write_atomically(path / "config.yaml", yaml.safe_dump(told, sort_keys=False))
         return RunFolder(path, budget), None, 0.0
 
-    def _setup(
-        self, deployment: Deployment, worker: Worker, clock: Wall, recorder: RunFolder, spent: float
-    ) -> Setup:
+    def _setup(self, deployment: Deployment, worker: Worker, clock: Wall, recorder: RunFolder, spent: float) -> Setup:
         from consilience.measure.metrics import Standard
         from consilience.simulate import timing
 

@@ -1,4 +1,4 @@
-"""A site's half of a deployment: opens what the server sends, keeps to its owner's policy, works, and notes what leaves.
+"""A site's half of a deployment: opens what the server sends, keeps to its owner's policy, works, notes what leaves.
 
 A site's folder holds ``site.yaml`` (name, data, the server's public key), ``site.key``, ``policy.yaml``,
 ``ledger.jsonl``, and in ``runs/ID`` the states, the messages taken and the exported model of each deployment.
@@ -56,7 +56,9 @@ def read_about(folder: Path) -> About:
         return About.model_validate(read_yaml(folder / "site.yaml"))
     except ValidationError as error:
         first = error.errors()[0]
-        raise ConfigError(f"{folder / 'site.yaml'}: {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from None
+        raise ConfigError(
+            f"{folder / 'site.yaml'}: {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
+        ) from None
 
 
 class Home:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from consilience.config import Config, Settings, read_yaml, settle
+from consilience.config import Settings, read_yaml, settle
 from consilience.core.checkpoint import write_atomically
 from consilience.core.errors import ConfigError, NeedsError
 from consilience.experiment import RunSpec, specs
@@ -80,7 +80,7 @@ class Deployment:
     def write(self, path: Path) -> None:
         """Write run.yaml."""
         flat = {**Settings(self.run.config, {}).flat(), "seeds": 1}
-        defaults = {**Settings(Config(), {}).flat()}
+        defaults = {**settle({}).flat()}
         own = {key: value for key, value in flat.items() if value != defaults.get(key)}
         whole = {
             "method": self.run.method,
@@ -119,7 +119,7 @@ def make(run: RunSpec, section: Mapping[str, Any], where: str = "run.yaml") -> D
         first = error.errors()[0]
         raise ConfigError(f"{where}: deploy.{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from None
     config = run.config.model_copy(update={"checkpoint_every": 1, "clients": len(found.sites)})
-    default = Config()
+    default = settle({}).config
     for key in ("unseen", "drops", "fleet_correlation", "availability", "fleet"):
         if getattr(config, key) != getattr(default, key):
             raise ConfigError(f"{where}: {key} is for simulations; real sites are as they are")
@@ -130,7 +130,9 @@ def make(run: RunSpec, section: Mapping[str, Any], where: str = "run.yaml") -> D
     if "%" in schedule:
         raise ConfigError(f"{where}: schedule {schedule}: a share of a simulated device's time; give seconds")
     if schedule.partition(":")[0] == "compass" or config.late == "partial":
-        raise ConfigError(f"{where}: schedule {schedule} plans with simulated devices; use rounds, deadline or buffered")
+        raise ConfigError(
+            f"{where}: schedule {schedule} plans with simulated devices; use rounds, deadline or buffered"
+        )
     if made.needs.pooled_data:
         raise NeedsError(f"{run.method} pools all clients' data, which never leaves real sites; it cannot be deployed")
     return Deployment(RunSpec(run.label, run.method, run.options, config), found)

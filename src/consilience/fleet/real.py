@@ -97,7 +97,11 @@ class Wall(RealTime):
     which go to ``path`` too. there: the clients that can be reached now."""
 
     def __init__(
-        self, there: Callable[[], frozenset[int]], path: Path, begin: float = 0.0, ticks: Callable[[], float] | None = None
+        self,
+        there: Callable[[], frozenset[int]],
+        path: Path,
+        begin: float = 0.0,
+        ticks: Callable[[], float] | None = None,
     ) -> None:
         self._notes, self._path, self._there = Notes(), path, there
         self._ticks = ticks or time.monotonic
@@ -153,7 +157,9 @@ def read(path: Path) -> Notes:
         for line in _lines(path):
             notes.add(line)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"--replay {path}: not the arrivals of a deployment ({type(error).__name__}: {error})") from None
+        raise ConfigError(
+            f"--replay {path}: not the arrivals of a deployment ({type(error).__name__}: {error})"
+        ) from None
     if not notes.jobs:
         raise ConfigError(f"--replay {path}: no job came back there")
     return notes
