@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import LINEAR, NOISY, NORMED, SIZES, architecture, federation, loop, reply, site, vector, worker
+from helpers import LINEAR, NOISY, NORMED, SCALAR64, SIZES, architecture, federation, loop, reply, site, vector, worker
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import trim_mean
@@ -258,6 +258,10 @@ def test_rules_meet_aggregators() -> None:
         digest(run(FedAvg(weights=w, aggregator=a, **USUAL))) for w in ("ida", "disco") for a in ("median", "rfa")
     }
     assert len(digests) == 4
+    trimmed, plain = (
+        run(FedAvg(weights="ida", aggregator=a, **USUAL), model=LINEAR64).server.server for a in ("trimmed:0", "mean")
+    )
+    torch.testing.assert_close(vector(trimmed), vector(plain), rtol=1e-10, atol=1e-12)
     own = run(FedDisco(aggregator="median", **USUAL))
     assert digest(own) == digest(run(FedAvg(weights="disco", aggregator="median", **USUAL)))
 
@@ -367,6 +371,15 @@ def test_the_model_without_a_client_is_the_others() -> None:
         host = at.host(1, "train")
         score = host.evaluate(other, data.train)
         assert standing.memory.known[k].error == pytest.approx(1 - score.accuracy)
+
+
+def test_the_error_without_a_client_in_a_regression_is_the_loss() -> None:
+    at = worker(FedAvg(), federation(regression=True, dtype=torch.float64), SCALAR64)
+    own, x = SCALAR64.initial(0), SCALAR64.initial(0, 1)
+    told = rules.Contribution().answer(site(at), x, 0.3, own)
+    others = {name: (x.params[name] - 0.3 * p) / 0.7 for name, p in own.params.items()}
+    wanted = site(at).evaluate(x._replace(params=others), site(at).train).loss
+    assert float(told.error) == pytest.approx(wanted)
 
 
 def test_a_rule_survives_refusals_and_absence() -> None:
