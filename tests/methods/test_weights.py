@@ -9,7 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import LINEAR, NOISY, NORMED, SCALAR64, SIZES, architecture, federation, loop, reply, site, vector, worker
+from helpers import (
+    LINEAR,
+    LINEAR64,
+    NOISY,
+    NORMED,
+    SCALAR64,
+    SIZES,
+    architecture,
+    federation,
+    loop,
+    reply,
+    site,
+    vector,
+    worker,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import trim_mean
@@ -166,6 +180,15 @@ def test_sums_stay_sums() -> None:
         one = how.combine(sent, {"delta": [0.2] * 5, "buffers": [0.2] * 5})
         five = how.combine(sent, {"delta": [1.0] * 5, "buffers": [0.2] * 5})
         np.testing.assert_allclose(five.delta["p"], 5 * one.delta["p"], rtol=1e-12)
+
+
+def test_buffers_are_means_whatever_the_weights_of_differences_sum_to() -> None:
+    sent = [delta(-4, 1, 1), delta(6, 1, 1)]
+    sent = [u._replace(buffers={"b": torch.tensor([float(i)])}) for i, u in enumerate(sent)]
+    how = aggregators.parse("upgrad")
+    assert how is not None
+    made = how.combine(sent, {"delta": [0.5, 0.5], "buffers": [0.5, 0.5]})
+    assert made.buffers["b"].tolist() == pytest.approx([0.789474 / (1.111111 + 0.789474)], abs=1e-5)
 
 
 @pytest.mark.parametrize("name", ["mediam", "trimmed", "trimmed:0.5", "trimmed:x", "median:2"])
