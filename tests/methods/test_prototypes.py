@@ -242,6 +242,9 @@ def test_fedtgp_margin() -> None:
     assert FedTGP(tau=100.0).margin([sent], 5) == pytest.approx(9.0)
     alone = Prototypes(torch.tensor([1]), means[:1], torch.tensor([1]))
     assert method.margin([alone], 5) == 4.0
+    far = Prototypes(torch.tensor([2]), torch.tensor([[0.0, 29.0]]), torch.tensor([3]))
+    assert FedTGP(tau=100.0).margin([sent, far], 5) == pytest.approx((9 + 29) / 2)
+    assert FedTGP(tau=100.0, prototypes="rows").margin([sent, far], 5) == pytest.approx((9 + 3 * 29) / 4)
 
 
 def test_fedsa_anchors_drift() -> None:
