@@ -72,9 +72,10 @@ def read_run(folder: Path) -> Finished:
 def digest(folder: Path) -> str:
     """A run's three digests, computed anew from its checkpoint and history. Raises CheckpointError."""
     from consilience import methods
+    from consilience.parts.compose import composed
 
     spec, _ = experiment.read_spec(folder)
-    methods.get(spec.method)  # registers the records of its state
+    composed(methods.make(spec.method, spec.options))  # registers the records of its state
     snapshot, notes = read_snapshot(folder)
     if snapshot.version < spec.config.rounds:
         raise CheckpointError(f"{folder}: only {snapshot.version} of {spec.config.rounds} rounds are done; resume it")

@@ -200,7 +200,8 @@ class Reply(NamedTuple):
     samples: the client's registered training rows (its weight). trained, steps: samples and steps computed.
     staleness: server updates made since the broadcast. since: virtual time of the dispatch. seconds: from there to
     the arrival. trip: what they were spent on (the sum over a chain's phases). rings: timers of the schedule that
-    rang since the dispatch, one at the time of combining included.
+    rang since the dispatch, one at the time of combining included. share: the weight that a rule gave it, which wins
+    over the method's own.
     """
 
     job: Job
@@ -216,6 +217,7 @@ class Reply(NamedTuple):
     since: float = 0.0
     trip: Trip = Trip()
     rings: int = 0
+    share: float | None = None
 
 
 @record
