@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,7 @@ def deployed(tmp_path: Path) -> Make:
         settings = {**usual, **options}
         (run,) = experiment.specs(settle(settings), [method])
         federation = experiment.make_federation(run.config)
+        run = replace(run, config=run.config.model_copy(update={"sensitive": list(federation.task.sensitive)}))
         app = tmp_path / "app"
         sites = [tmp_path / f"site{i}" for i in range(federation.n_clients)]
         named = layout.deal(federation, sites, tmp_path / "given")
