@@ -12,7 +12,8 @@ from consilience.exporting import digest
 from .conftest import Make
 
 OWN = {
-    "fedbuff": ":buffer=3", "feddf": ":server_steps=3", "fedgen": ":share=head,generator_steps=3", "fedmd": ":warm_up=1",
+    "fedbuff": ":buffer=3", "feddf": ":server_steps=3", "fedgen": ":share=head,generator_steps=3",
+    "fedmd": ":warm_up=1",
     "fedtgp": ":server_epochs=2", "fald": ":burn_in=1,thin=2,keep=2", "fedlex": ":explore_epochs=2,patience=1",
 }  # fmt: skip
 SHAPES = ("fedavg", "fedmd", "dpsgd", "fedkd")
