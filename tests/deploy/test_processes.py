@@ -9,7 +9,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -254,12 +254,12 @@ def test_a_site_that_nobody_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     start = Node.__init__
     monkeypatch.setattr(Node, "__init__", lambda self, folder: start(self, folder, patience=5.0))
     run.start()
-    with pytest.raises(ConsilienceError, match="site site2 cannot join: .*key"):
+    with pytest.raises(ConsilienceError, match=r"site site2 cannot join: .*key"):
         run.end()
 
 
 @pytest.fixture
-def attacker(tmp_path: Path) -> Iterator[Path]:
+def attacker(tmp_path: Path) -> Path:
     """A Flower app that sends captured messages to every node, and writes down what it gets."""
     folder = tmp_path / "attacker"
     folder.mkdir()
@@ -282,7 +282,7 @@ def attacker(tmp_path: Path) -> Iterator[Path]:
         "            found.append([path.stem, repr(reply[0][1])])\n"
         "    (folder / 'found.json').write_text(json.dumps(found))\n"
     )
-    yield folder
+    return folder
 
 
 @pytest.mark.slow
