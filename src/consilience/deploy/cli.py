@@ -113,10 +113,10 @@ def serve_command(app: App, host: Host = "127.0.0.1", port: Port = 8000) -> None
     from consilience.deploy.keys import need_flower
 
     need_flower()
-    with _stoppable(f"stopped; `consilience deploy serve {app}` goes on where it was"):
-        with local.serving(app, host, port) as link, _progress(app) as (tell, on_line):
-            tell(f"listens at {host}:{port}")
-            local.follow(link, [], tell, on_line)
+    words = f"stopped; `consilience deploy serve {app}` goes on where it was"
+    with _stoppable(words), local.serving(app, host, port) as link, _progress(app) as (tell, on_line):
+        tell(f"listens at {host}:{port}")
+        local.follow(link, [], tell, on_line)
     _done(app)
 
 
@@ -154,9 +154,8 @@ def local_command(
     (run,) = experiment.specs(settings, [method])
     folder = out or experiment.default_folder(f"deploy-{run.method}")
     app, folders = local.lay_out(run, sites, folder, section)
-    with _stoppable(f"stopped; {folder} holds what was done"):
-        with _progress(app) as (tell, on_line):
-            local.run_all(app, folders, tell, on_line)
+    with _stoppable(f"stopped; {folder} holds what was done"), _progress(app) as (tell, on_line):
+        local.run_all(app, folders, tell, on_line)
     _done(app)
 
 
