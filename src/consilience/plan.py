@@ -53,7 +53,8 @@ def _row(spec: experiment.RunSpec, worker: Worker) -> dict[str, Any]:
     sizes = sorted((federation.size(int(c)), int(c)) for c in federation.seen[:10_000])
     client = sizes[len(sizes) // 2][1]
     phase = next(i for i, p in enumerate(worker.program) if p.over == "cohort" and p.when == "round")
-    info = ClientInfo(client, federation.size(client), worker.place.model_of(client))
+    place = worker.place
+    info = ClientInfo(client, federation.size(client), place.model_of(client), place.architectures)
     message = worker.method.broadcast(worker.program[phase], server, info)
     call = Call("train", (Job(0, client, 1, 0, 0, phase), None), message)
     work, state = worker.run(call)  # once to warm up

@@ -184,7 +184,7 @@ def test_plan_counts_judgements() -> None:
     config = Config(rounds=10, clients=7, eval_every=3, eval_clients_every=4, model="mlp:16")
     spec = experiment.RunSpec("fedavg", "fedavg", {}, config)
     worker = experiment.check(spec, experiment.make_federation(config))
-    server, info = worker.method.init_server(worker.host(0, "init")), ClientInfo(0, worker.federation.size(0), "")
+    server, info = worker.method.init_server(worker.host(0, "init")), ClientInfo(0, worker.federation.size(0), "", {})
     times = [n for n, _ in plan._judging(worker, server, config, info)]
     assert times == [4, 2 * 7, 7]  # of one chunk in rounds 3, 6, 9, 10; of clients in 4, 8; after training, in 10
 

@@ -67,16 +67,20 @@ SCHEDULES = {
 SMALL: dict[str, dict[str, Any]] = {
     "fedbuff": {"buffer": 2},
     "fedcompass": {"least": 2, "most": 8},
+    "feddistill": {"exclude_own": True},
     "fedtgp": {"server_epochs": 2},
     "feddf": {"server_steps": 3},
     "fedgen": {"share": "head", "generator_steps": 3},
     "fedmd": {"warm_up": 1},
+    "fedlex": {"explore_epochs": 2, "patience": 1},
+    "fald": {"burn_in": 1, "thin": 2, "keep": 2},
 }
-"""Options without which a method does not fit a federation of five clients, or a test."""
+"""Options without which a method does not fit a federation of five clients, or a test, or shows less of its state."""
 MIXED = {"models": "mlp:16*0.5,logistic*0.5", "feature_dim": 8}
 RUNS: dict[str, dict[str, Any]] = {
     name: MIXED for name, cls in methods.every().items() if cls.needs.architectures == "any"
 } | {
+    **{name: {"models": "mlp:16@1.0,0.5,0.25"} for name in ("heterofl", "fedrolex", "feddropout")},
     "mhd": {**MIXED, "topology": "ring", "participation": 1.0},
 }
 """Options of a run with which a method shows what it is for."""

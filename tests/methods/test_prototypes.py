@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import consilience
 from consilience.core import tree as tr
 from consilience.core.errors import NeedsError
-from consilience.core.messages import Job
+from consilience.core.messages import ClientInfo, Job
 from consilience.core.method import Phase
 from consilience.methods import FedAvg, FedDistill, FedGH, FedProto, FedSA, FedTGP, LGFedAvg, Local
 from consilience.methods.fedsa import mean_gap
@@ -209,15 +209,29 @@ def test_nearest_prototype_predicts_and_its_loss_is_finite() -> None:
 
 
 def test_feddistill_leaves_its_own_out() -> None:
+    """Class 0 is of two clients, 1 of client 0 alone, and what client 0 gave to class 2 is no longer in its mean."""
     method = FedDistill(exclude_own=True)
     at = worker(method)
-    here = site(at)
+    host = at.host(0, "train")
     ones = torch.ones(1, 3)
-    message = Prototypes(torch.tensor([0, 1]), torch.cat([2 * ones, 7 * ones]), torch.tensor([3, 1]))
-    own = Prototypes(torch.tensor([0, 1]), torch.cat([4 * ones, 7 * ones]), torch.tensor([1, 1]))
-    means, there = method._targets(message, method.init_client(here)._replace(sent=own), 3)
-    assert there.tolist() == [True, False, False]  # class 1 came from this client alone
-    assert means[0].tolist() == [(3 * 2 - 4) / 2] * 3
+
+    def sent(**values: float) -> Prototypes:
+        classes = [int(c[1]) for c in values]
+        rows = torch.cat([v * ones for v in values.values()])
+        return Prototypes(torch.tensor(classes), rows, torch.ones(len(classes), dtype=torch.int64))
+
+    def combine(server: Any, *updates: tuple[int, Prototypes]) -> Any:
+        return method.aggregate(Phase("train"), host, server, [reply(k, p) for k, p in updates], [])
+
+    server = combine(method.init_server(host), (0, sent(c0=4.0, c1=7.0, c2=1.0)), (1, sent(c0=2.0)))
+    server = combine(server, (1, sent(c2=5.0)), (2, sent(c2=9.0)))
+    got = [method.broadcast(Phase("train"), server, ClientInfo(k, 1, "linear")) for k in range(4)]
+    assert [p.classes.tolist() for p in got] == [[0, 2], [0, 1, 2], [0, 1, 2], [0, 1, 2]]
+    assert [p.means[:, 0].tolist() for p in got] == [[2.0, 7.0], [4.0, 7.0, 9.0], [3.0, 7.0, 5.0], [3.0, 7.0, 7.0]]
+    again = combine(server, (0, sent(c0=1.0)), (0, sent(c0=3.0)), (1, sent(c0=8.0)))  # a client may reply twice
+    mine, other = (method.broadcast(Phase("train"), again, ClientInfo(k, 1, "linear")) for k in (0, 1))
+    assert mine.means[0, 0].item() == 8.0
+    assert other.means[0, 0].item() == 2.0
 
 
 def test_fedtgp_margin() -> None:

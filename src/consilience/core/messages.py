@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NamedTuple, Protocol, get_args, get_type_hints
 
 from torch import Tensor
 
-from consilience.core.model import Params, Weights
+from consilience.core.model import Architecture, Params, Weights
 from consilience.core.tree import Tree, record
 
 
@@ -154,11 +154,13 @@ def _share(done: float, of: float) -> float:
 
 
 class ClientInfo(NamedTuple):
-    """What the server knows of a client when it builds a broadcast. device: None where devices are not simulated."""
+    """What the server knows of a client when it builds a broadcast. architectures: of the run, by name, the server's
+    first. device: None where devices are not simulated."""
 
     id: int
     samples: int
     model: str
+    architectures: Mapping[str, Architecture]
     slot: int = 0
     device: Device | None = None
 

@@ -233,6 +233,10 @@ class Method(Training):
         mean: dict[str, Any] = weighted_sum([reply.update.buffers for reply in replies], shares)
         return mean
 
+    def report(self, server: Tree) -> Mapping[str, float]:
+        """Numbers of the method's own for the line of history, under ``method``."""
+        return {}
+
     # --- the client's half -------------------------------------------------------------------------------------
 
     def init_client(self, site: Site) -> Tree:

@@ -42,7 +42,8 @@ class Outbox:
 
     def _info(self, client: int, slot: int) -> ClientInfo:
         device = self._clock.device(client)
-        return ClientInfo(client, self._federation.size(client), self._place.model_of(client), slot, device)
+        samples, model = self._federation.size(client), self._place.model_of(client)
+        return ClientInfo(client, samples, model, self._place.architectures, slot, device)
 
     def _shared(self, message: Tree) -> Tree:
         """One object for messages made of the same tensors, so that an executor sends them once."""

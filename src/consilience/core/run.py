@@ -187,6 +187,7 @@ class Loop:
         """Dispatch a chain's first phase; returns job ids. again: a later chain of the same round, so the same job
         numbers."""
         jobs: list[Job] = []
+        aside = self.program[chain[0]].when in ("start", "end")  # no round's training, so nothing before and after it
         for start in sorted(starts, key=lambda s: s.client):
             number = self.numbers.get(start.client, 0) + (0 if again else 1)
             self.numbers[start.client] = number
@@ -200,7 +201,7 @@ class Loop:
                     chain[0],
                     start.steps if start.within is None else self._steps_within(start),
                     start.slot,
-                    self.judge.wants_clients(self.version + 1),
+                    not aside and self.judge.wants_clients(self.version + 1),
                 )
             )
         self.next_job += len(jobs)
@@ -412,6 +413,9 @@ class Loop:
             weight = sum(reply.samples for reply in replies if reply.loss == reply.loss)
             if weight:
                 line["train_loss"] = sum(losses) / weight
+            numbers = self.method.report(self.server)
+            if numbers:
+                line["method"] = dict(numbers)
             self.lines.append(
                 self.judge.begin(
                     line, self.server, partial(self.outbox.deployed, self.server), self._asked, judged, self.spent

@@ -215,7 +215,7 @@ class Worker:
         """What a client would deploy, from the server's and its own state."""
         first = next(i for i, phase in enumerate(self.program) if phase.when not in ("start", "end"))
         site, _ = self.site(Job(-1, client, 0, 0, 0, first))
-        info = ClientInfo(client, self.federation.size(client), site.model)
+        info = ClientInfo(client, self.federation.size(client), site.model, self.place.architectures)
         message, own = self._open(site, self.method.deploy(server, info), state)
         return self.method.personal_model(site, message, own)
 

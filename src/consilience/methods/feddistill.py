@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
-import torch
 from annotated_types import Ge
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,11 +24,12 @@ from consilience.parts.prototypes import Prototypes
 
 
 @record
-class Node(NamedTuple):
-    """A client's model, and the mean scores that it sent last."""
+class Server(NamedTuple):
+    """means: of each class; counts: of how many clients. own: what a client gave to means as they are now, by its id;
+    empty unless own means are excluded."""
 
-    model: Weights
-    sent: Prototypes
+    means: Prototypes
+    own: dict[int, Prototypes]
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,9 @@ class FedDistill(Method):
         up: mean of s by class, over the rows as they passed in training; only for classes that the client has
         G_c <- mean over the clients that sent c, each counting once; a class that nobody sent keeps its old mean
 
-    With ``exclude_own`` a client's target leaves its own last means out: (n_c G_c - own_c) / (n_c - 1), and it has none
-    for a class that only it sent. With lam = 0 the models are those of ``local``, bit for bit.
+    With ``exclude_own`` the server leaves out of a client's targets what it gave to them itself: (n_c G_c - own_c) /
+    (n_c - 1), where G_c was made with it; it gets none for a class that it alone sent. With lam = 0 the models are
+    those of ``local``, bit for bit.
 
     Source: Jeong, Oh, Kim, Park, Bennis, Kim, "Communication-Efficient On-Device Machine Learning: Federated
     Distillation and Augmentation under Non-IID Private Data", NeurIPS workshop 2018. Deviations: targets include the
@@ -72,21 +73,22 @@ class FedDistill(Method):
         """Mean scores."""
         return Prototypes
 
-    def init_server(self, host: Host) -> Tree:
+    def init_server(self, host: Host) -> Server:
         """No means yet."""
-        return proto.none(host.task.outputs, host.architecture().dtype)
+        return Server(proto.none(host.task.outputs, host.architecture().dtype), {})
 
-    def broadcast(self, phase: Phase, server: Tree, client: ClientInfo) -> Tree:
-        """The means."""
-        return server
+    def broadcast(self, phase: Phase, server: Server, client: ClientInfo) -> Tree:
+        """The means; without the client's own share, if that is excluded."""
+        own = server.own.get(client.id)
+        return server.means if own is None else proto.without(server.means, own)
 
-    def init_client(self, site: Site) -> Node:
+    def init_client(self, site: Site) -> Tree:
         """The common initial model of its architecture."""
-        return Node(site.initial(), proto.none(site.task.outputs, site.architecture().dtype))
+        return site.initial()
 
-    def client_update(self, phase: Phase, site: Site, message: Prototypes, state: Node) -> tuple[Tree, Node]:
+    def client_update(self, phase: Phase, site: Site, message: Prototypes, state: Weights) -> tuple[Tree, Weights]:
         """Train towards the targets, and take the means of the scores that passed."""
-        means, there = self._targets(message, state, site.task.outputs)
+        means, there = proto.dense(message, site.task.outputs)
         soft = means.softmax(1)
         passed = proto.Means(site.task.outputs, site.task.outputs, site.architecture().dtype)
 
@@ -99,31 +101,31 @@ class FedDistill(Method):
             each = F.cross_entropy(scores, soft[batch.y], reduction="none") * there[batch.y]
             return value + self.lam * each.mean()
 
-        weights = site.fit(state.model, loss=loss).weights
-        return passed.found(), Node(weights, passed.found())
-
-    def _targets(self, message: Prototypes, state: Node, classes: int) -> tuple[Tensor, Tensor]:
-        """Mean scores by class, and which there are."""
-        means, there = proto.dense(message, classes)
-        if not self.exclude_own:
-            return means, there
-        senders = means.new_zeros(classes).index_copy_(0, message.classes, message.counts.to(means.dtype))
-        own, sent = proto.dense(state.sent, classes)
-        both = (there & sent)[:, None]
-        others = (senders[:, None] * means - own) / (senders[:, None] - 1)
-        alone = (senders <= 1)[:, None] & both
-        return torch.where(both & ~alone, others, means), there & ~alone.flatten()
+        weights = site.fit(state, loss=loss).weights
+        return passed.found(), weights
 
     def aggregate(
-        self, phase: Phase, host: Host, server: Tree, replies: Sequence[Reply], cohort: Sequence[int]
-    ) -> Tree:
-        """New means."""
-        return proto.renewed(server, proto.average([r.update for r in replies], host.task.outputs, by_rows=False))
+        self, phase: Phase, host: Host, server: Server, replies: Sequence[Reply], cohort: Sequence[int]
+    ) -> Server:
+        """New means, and who gave what to them."""
+        classes = host.task.outputs
+        fresh = proto.average([reply.update for reply in replies], classes, by_rows=False)
+        means = proto.renewed(server.means, fresh)
+        if not self.exclude_own:
+            return Server(means, {})
+        given: dict[int, list[Prototypes]] = {}
+        for reply in replies:
+            given.setdefault(reply.job.client, []).append(reply.update)
+        own = {client: proto.outside(old, fresh.classes) for client, old in server.own.items()}
+        for client, found in given.items():
+            latest = proto.average(found, classes, by_rows=False)
+            own[client] = proto.renewed(own[client], latest) if client in own else latest
+        return Server(means, {client: own[client] for client in sorted(own) if len(own[client].classes)})
 
     def global_model(self, server: Tree) -> Predictor | None:
         """There is none."""
         return None
 
-    def personal_model(self, site: Site, message: Prototypes, state: Node) -> Predictor:
+    def personal_model(self, site: Site, message: Prototypes, state: Weights) -> Predictor:
         """The own model."""
-        return Net(state.model, site.model)
+        return Net(state, site.model)

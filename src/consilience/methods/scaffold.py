@@ -46,7 +46,7 @@ class Up(NamedTuple):
     buffers: Buffers
 
 
-def _added(total: Params | None, direction: Params) -> Params:
+def added(total: Params | None, direction: Params) -> Params:
     """total + direction, in the memory of ``total``."""
     if total is None:
         return {name: d.clone() for name, d in direction.items()}
@@ -57,7 +57,7 @@ def _added(total: Params | None, direction: Params) -> Params:
 def _kept(params: Params, grad: Grad, batch: Batch, carry: None) -> tuple[Params, Params]:
     """A step along the gradient that keeps a copy of it."""
     direction = grad()
-    return direction, _added(None, direction)
+    return direction, added(None, direction)
 
 
 @dataclass(frozen=True)
@@ -117,31 +117,40 @@ class Scaffold(Method):
         """x and c."""
         return Down(server.model, server.control)
 
-    def client_update(self, phase: Phase, site: Site, message: Down, state: Params) -> tuple[Up, Params]:
-        """Corrected steps, then a new control."""
+    def plan(self, site: Site, message: Down, state: Params) -> Plan:
+        """Corrected steps, and the sum of the gradients along the path for option 2."""
         correction = tr.sub(message.control, state)
 
         def step(params: Params, grad: Grad, batch: Batch, carry: Params | None) -> tuple[Params, Params | None]:
             direction = grad()
             if self.control == "2":
-                carry = _added(carry, direction)
+                carry = added(carry, direction)
             torch._foreach_add_(list(direction.values()), [correction[name] for name in direction])
             return direction, carry
 
-        fit = site.fit(message.model, step=step)
-        renewed = self._renew(site, message, fit)
+        return Plan(step=step)
+
+    def client_update(self, phase: Phase, site: Site, message: Down, state: Params) -> tuple[Up, Params]:
+        """Corrected steps, then a new control."""
+        fit = self.train(site, message, state)
+        renewed = self.renewed(site, message, state, fit)
         control = {name: renewed.get(name, old) for name, old in state.items()}  # what the model froze stays at 0
         end = fit.weights
-        up = Up(tr.sub(end.params, message.model.params), tr.sub(control, state), end.buffers)
-        return up, control
+        return Up(tr.sub(end.params, message.model.params), self.told(message, state, control), end.buffers), control
 
-    def _renew(self, site: Site, message: Down, fit: Fit) -> Params:
+    def renewed(self, site: Site, message: Down, state: Params, fit: Fit) -> Params:
+        """The new control c_i, of what was trained."""
         if self.control == "1":
             whole = Plan(steps=1, batch_size=len(site.train), step=_kept, optimizer="sgd", purpose="control")
             control: Params = site.fit(message.model, whole).carry
             return control
         mean: Params = tr.scale(fit.carry, 1 / fit.steps)
         return mean
+
+    def told(self, message: Down, state: Params, control: Params) -> Params:
+        """What the server hears of it: the change."""
+        change: Params = tr.sub(control, state)
+        return change
 
     def aggregate(
         self, phase: Phase, host: Host, server: Server, replies: Sequence[Reply], cohort: Sequence[int]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from consilience.core.model import SplitModel
+from consilience.models.axes import Nested, Residual
 
 
 def cut(width: int, rate: float) -> int:
@@ -26,7 +27,7 @@ class Pooled(SplitModel):
         super().__init__(nn.Sequential(model.features, nn.AdaptiveAvgPool1d(width)), nn.Linear(width, outputs), width)
 
 
-class Linear(SplitModel):
+class Linear(Nested):
     """``logistic``: flattened inputs straight to the outputs."""
 
     def __init__(self, input_shape: tuple[int, ...], outputs: int) -> None:
@@ -34,7 +35,7 @@ class Linear(SplitModel):
         super().__init__(nn.Flatten(), nn.Linear(width, outputs), width)
 
 
-class MLP(SplitModel):
+class MLP(Nested):
     """``mlp``: hidden ReLU layers, by default one of 200."""
 
     def __init__(
@@ -68,7 +69,7 @@ def _image(name: str, input_shape: tuple[int, ...], smallest: int) -> tuple[int,
     return channels, height, width
 
 
-class LeNet(SplitModel):
+class LeNet(Nested):
     """``lenet``: 5x5 convolutions of 6 (padded) and 16 channels with 2x2 max pooling, then 120 and 84 units."""
 
     def __init__(self, input_shape: tuple[int, ...], outputs: int, rate: float = 1.0) -> None:
@@ -91,7 +92,7 @@ class LeNet(SplitModel):
         super().__init__(features, nn.Linear(last, outputs), last)
 
 
-class CNN(SplitModel):
+class CNN(Nested):
     """``cnn``: padded 5x5 convolutions of 32 and 64 channels with 2x2 max pooling, then 512 units (McMahan 2017)."""
 
     def __init__(self, input_shape: tuple[int, ...], outputs: int, rate: float = 1.0) -> None:
@@ -119,7 +120,7 @@ def group_norm(channels: int) -> nn.Module:
     return nn.GroupNorm(2 if channels % 2 == 0 else 1, channels)
 
 
-class _Block(nn.Module):
+class _Block(Residual):
     def __init__(self, before: int, after: int, stride: int, norm: Norm) -> None:
         super().__init__()
         self.body = nn.Sequential(
@@ -139,7 +140,7 @@ class _Block(nn.Module):
         return out
 
 
-class ResNet8(SplitModel):
+class ResNet8(Nested):
     """``resnet8``: three residual blocks of 16, 32 and 64 channels (He 2016, the CIFAR form with n = 1)."""
 
     def __init__(self, input_shape: tuple[int, ...], outputs: int, norm: Norm = group_norm, rate: float = 1.0) -> None:

@@ -92,12 +92,29 @@ def average(found: Sequence[Prototypes], classes: int, *, by_rows: bool) -> Prot
     return Prototypes(there, mean[there], torch.stack([(row > 0).long() for row in held]).sum(0)[there])
 
 
+def outside(p: Prototypes, classes: Tensor) -> Prototypes:
+    """Those of other classes than these."""
+    kept = ~torch.isin(p.classes, classes)
+    return Prototypes(*(part[kept] for part in p))
+
+
 def renewed(old: Prototypes, fresh: Prototypes) -> Prototypes:
     """The fresh ones, and the old ones of classes that have none among these."""
-    kept = ~torch.isin(old.classes, fresh.classes)
-    joined = [torch.cat([a[kept], b]) for a, b in zip(old, fresh, strict=True)]
+    joined = [torch.cat(parts) for parts in zip(outside(old, fresh.classes), fresh, strict=True)]
     order = joined[0].argsort()
     return Prototypes(*(part[order] for part in joined))
+
+
+def without(mean: Prototypes, own: Prototypes) -> Prototypes:
+    """Equal means over others: (n m - k o) / (n - k) for means ``m`` of ``n``, of which ``k`` have the mean ``o``;
+    classes of which nothing is left are gone. All classes of ``own``, at least one, are in ``mean``."""
+    size = int(mean.classes.max()) + 1
+    n, k = (_spread(p, size)[mean.classes] for p in (mean, own))
+    given = dense(own, size)[0][mean.classes]
+    others = (n[:, None] * mean.means.double() - k[:, None] * given.double()) / (n - k).clamp_min(1)[:, None]
+    left = n > k
+    means = torch.where(k[:, None] > 0, others.to(mean.means.dtype), mean.means)
+    return Prototypes(mean.classes[left], means[left], (n - k).long()[left])
 
 
 def _spread(p: Prototypes, classes: int) -> Tensor:

@@ -12,6 +12,7 @@ from pathlib import Path
 from string import Template
 
 from consilience.report import answer
+from consilience.report.architectures import architectures, architectures_section
 from consilience.report.blob import page_blob
 from consilience.report.certainty import certainty_section
 from consilience.report.devices import devices_section
@@ -38,6 +39,7 @@ SECTIONS: list[tuple[str, str, Callable[[Facts, int], str]]] = [
     ("curves", "Learning curves", curves_section),
     ("target", "Cost to reach the target", target_section),
     ("clients", "Who gains, who loses", clients_section),
+    ("architectures", "Architectures", architectures_section),
     ("groups", "Fairness between groups", groups_section),
     ("federation", "The federation", federation_section),
     ("devices", "Devices and time", devices_section),
@@ -101,6 +103,7 @@ def render(facts: Facts) -> str:
         "certainty": alone,
         "target": facts.compare.get("target") is None,
         "tuning": read_tuning(facts.folder) is None,
+        "architectures": len(architectures(facts)) < 2,
         "devices": not timelines(facts),
         "federation": "sizes" not in facts.federation,  # too many clients to draw
     }

@@ -12,7 +12,7 @@ from consilience.report.blob import HEAT, Point, axes, client_order, curve, meas
 from consilience.report.evenness import evenness_table
 from consilience.report.facts import Dot, Entry, Facts, held, unfinished
 from consilience.report.markup import Cell, Column, details, empty, mark, named, note, radios, section, table
-from consilience.report.words import NBSP, NONE, plural
+from consilience.report.words import NBSP, NONE, flop_unit, plural
 
 ROWS = 200
 """A table of clients shows so many rows."""
@@ -207,6 +207,7 @@ def _federation_table(federation: Mapping[str, Any]) -> str:
 def cost_section(facts: Facts, number: int) -> str:
     """Section "What it cost"."""
     traffic, samples, wall = facts.traffic_unit, facts.sample_unit, facts.clock("wall_s")
+    work = flop_unit(e.last("flops") for e in facts.entries)
     columns = [
         Column("Method"),
         Column("Down", f"{traffic.name} per client", True),
@@ -214,6 +215,7 @@ def cost_section(facts: Facts, number: int) -> str:
         Column("Both", f"{traffic.name} per client", True),
         Column("Samples", samples.name, True),
         Column("Steps", "", True),
+        Column("Work", work.name, True),
         Column("Wall time", wall.name, True),
     ]
     clock = facts.clock("virtual_s")
@@ -222,10 +224,10 @@ def cost_section(facts: Facts, number: int) -> str:
 
     def values(e: Entry) -> list[float | None]:
         down, up = (e.last("bytes_down") or 0.0) / e.clients, (e.last("bytes_up") or 0.0) / e.clients
-        found = [down, up, e.traffic, e.last("samples"), e.last("steps"), e.last("wall_s")]
+        found = [down, up, e.traffic, e.last("samples"), e.last("steps"), e.last("flops"), e.last("wall_s")]
         return found + ([e.last("virtual_s")] if facts.virtual else [])
 
-    units = [traffic, traffic, traffic, samples, None, wall, clock]
+    units = [traffic, traffic, traffic, samples, None, work, wall, clock]
     ranked = [values(e) for e in facts.settled]
     # a column in which all are equal has no least
     least = [

@@ -21,6 +21,11 @@ NAMES = {
     "fedgh": "FedGH",
     "fedkd": "FedKD",
     "fedtgp": "FedTGP",
+    "lgfedavg": "LG-FedAvg",
+    "fml": "FML",
+    "knfu": "KnFu",
+    "mhd": "MHD",
+    "heterofl": "HeteroFL",
     "fedem": "FedEM",
     "fedgmm": "FedGMM",
     "fedrc": "FedRC",
@@ -105,6 +110,11 @@ def _unit(values: Iterable[float | None], steps: Sequence[tuple[float, str, floa
 def byte_unit(values: Iterable[float | None]) -> Unit:
     """bytes, kB, MB or GB, after the largest value of a column."""
     return _unit(values, [(0, "bytes", 1), (1e3, "kB", 1e3), (1e6, "MB", 1e6), (1e9, "GB", 1e9)])
+
+
+def flop_unit(values: Iterable[float | None]) -> Unit:
+    """MFLOP, GFLOP or TFLOP, after the largest value of a column."""
+    return _unit(values, [(0, "MFLOP", 1e6), (1e9, "GFLOP", 1e9), (1e12, "TFLOP", 1e12)])
 
 
 def time_unit(values: Iterable[float | None]) -> Unit:
