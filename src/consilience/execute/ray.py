@@ -6,10 +6,9 @@ Whole blocks of the canonical reduction are added up on the actors where a metho
 
 Client states belong to the driver (:class:`consilience.core.states.States`) and travel with each call: down as an
 argument, up with the result. So a lost actor or node costs nothing but time: its calls, which are pure, are done again
-elsewhere with the same bits. States that stayed on the actors would save the way down, S of the 2 S + U bytes that a job
-moves with the driver (S: a state, U: an update, which a block-summed cohort does not send): measured for SCAFFOLD, a
-fifth of the bytes, and half in blocks; but they would have to come up all the same, or be computed anew from all the
-broadcasts since. docs/cluster.md has the numbers.
+elsewhere with the same bits. States that stayed on the actors would save the way down only, S of the 2 S + U bytes that
+a job moves (S: its state, U: its update, which a cohort summed in blocks does not send), since all the same they would
+have to come up or be computed anew from every broadcast since. docs/cluster.md has the numbers.
 
 Nothing of Ray's is imported before it is needed.
 """
@@ -17,6 +16,7 @@ Nothing of Ray's is imported before it is needed.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import os
 import pickle
@@ -46,10 +46,11 @@ KNOCK = 5.0
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",  # else the loss of a node prints pages
-    "RAY_DEDUP_LOGS": "0",
+    "RAY_worker_niceness": "0",  # client work is the work, not what is done when nobody else wants the CPU
 }
 """What Ray is told before it is imported, unless the user has said something else."""
+LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0"
+"""What lets a Ray of our own listen on this machine only."""
 FAILPOINT = "CONSILIENCE_FAILPOINT"
 
 
@@ -68,6 +69,8 @@ def library() -> Any:
 def connected(address: str | None, workers: int | None = None) -> Iterator[None]:
     """Inside, Ray is there: the one that this process already uses, the cluster at ``address``, or one that lives as
     long as this (of ``workers`` CPUs, if that is more than there are). Raises ConfigError."""
+    if address is None and "ray" not in sys.modules:
+        os.environ.setdefault(*LOOPBACK)
     ray = library()
     if ray.is_initialized():
         yield
@@ -120,9 +123,11 @@ def cpus() -> int:
 def pack(thing: Any) -> tuple[bytes, list[Any]]:
     """A thing as bytes and the arrays of its tensors, which Ray leaves where they are when the thing is read."""
     import numpy as np
-    from ray.cloudpickle import CloudPickler
 
-    class Pickler(CloudPickler):  # type: ignore[misc]
+    library()
+    base: Any = importlib.import_module("ray.cloudpickle").CloudPickler
+
+    class Pickler(base):  # type: ignore[misc]
         def reducer_override(self, obj: Any) -> Any:
             if type(obj) is Tensor and _plain(obj):
                 return _tensor, (obj.numpy(),)
@@ -130,7 +135,8 @@ def pack(thing: Any) -> tuple[bytes, list[Any]]:
 
     buffers: list[pickle.PickleBuffer] = []
     file = io.BytesIO()
-    Pickler(file, protocol=5, buffer_callback=buffers.append).dump(thing)
+    pickler: Any = Pickler(file, protocol=5, buffer_callback=buffers.append)
+    pickler.dump(thing)
     return file.getvalue(), [np.frombuffer(buffer.raw(), dtype=np.uint8) for buffer in buffers]
 
 
@@ -157,7 +163,7 @@ def _array(encoder: Encoder) -> Any:
     """An encoded tree as Ray takes it without a copy."""
     import numpy as np
 
-    data = np.empty(encoder.size, dtype=np.uint8)
+    data: Any = np.empty(encoder.size, dtype=np.uint8)
     encoder.into(memoryview(data))
     return data
 
