@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers import LINEAR, NOISY, Breaks, Dies, federation, loop, worker
 
+from consilience.beside import OnRay
 from consilience.cli import main
 from consilience.core import tree as tr
 from consilience.core.encode import ALIGNMENT
@@ -133,7 +134,11 @@ KILLED: dict[str, tuple[Method, Any, bool]] = {
 
 @pytest.mark.parametrize("case", KILLED)
 def test_a_node_killed_in_mid_run_changes_nothing(
-    nodes: Nodes, lost: list[int], monkeypatch: pytest.MonkeyPatch, case: str
+    nodes: Nodes,
+    lost: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    case: str,
 ) -> None:
     method, clients, between = KILLED[case]
     monkeypatch.setattr(on_ray, "Ray", Killing)
@@ -146,6 +151,7 @@ def test_a_node_killed_in_mid_run_changes_nothing(
     assert lost[0] > 0
     assert Killing.summed == (3 if "blocks" in case else 0)
     assert found.digest == serial(method, federation=clients, rounds=3)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_worker_killed_in_its_work_changes_nothing(nodes: Nodes, lost: list[int], tmp_path: Path) -> None:
@@ -180,14 +186,88 @@ def test_what_is_shared_is_placed_once_and_actors_leave(nodes: Nodes) -> None:
     actors = [hand.actor for hand in executor._coming]
     try:
         loop(executor, 4)
-        assert executor.moved.calls == 4 * 5
-        assert executor.moved.placed == 1 + 4
+        assert executor.moved.calls == 4 * (5 + 1) + 5  # clients and the test rows, and in the end clients again
+        assert executor.moved.placed == 1 + 4 * (1 + 1) + 1
     finally:
         executor.close()
     assert len(actors) == 2
     for actor in actors:
         with pytest.raises(ray.exceptions.RayActorError):
             ray.get(actor.do.remote("train", None, None, None), timeout=60)
+
+
+# --- comparisons -------------------------------------------------------------------------------------------------
+
+COMPARED = [
+    "fedavg", "--seeds", "2", "--rounds", "40", "--model", "mlp:8", "--clients", "5", "--checkpoint-every", "1",
+]  # fmt: skip
+"""Two runs, for two CPUs."""
+
+
+def files(folder: Path) -> dict[str, str]:
+    """Names of a comparison's files, with the digests of its runs."""
+    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path.read_text() if path.name == "digest.txt" else "" for name, path in found.items()}
+
+
+def command(*arguments: str) -> int:
+    """Run the command line; its exit code."""
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert isinstance(caught.value.code, int)
+    return caught.value.code
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("serial") / "out"
+    assert command("compare", *COMPARED, "--executor", "serial", "--out", str(folder)) == 0
+    return folder
+
+
+def test_runs_are_spread_and_their_files_come_back(
+    nodes: Nodes, compared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the loss of a node, whose runs go on from their newest checkpoints here."""
+    resumed: list[list[str]] = []
+    start, news = OnRay.start, OnRay.news
+
+    def noted(self: OnRay, spec: Any) -> None:
+        resumed.append(sorted(path.name for path in (self._folder / spec.name).glob("checkpoint/*.json")))
+        start(self, spec)
+
+    def kill(self: OnRay) -> Any:
+        found = news(self)
+        begun = [path.parent.parent.name for path in self._folder.glob("*/checkpoint/*.json")]
+        if nodes.second is not None and len(set(begun)) >= 2:
+            nodes.kill()
+        return found
+
+    monkeypatch.setattr(OnRay, "start", noted)
+    monkeypatch.setattr(OnRay, "news", kill)
+    out = tmp_path / "out"
+    assert command("compare", *COMPARED, "--executor", "ray", "--address", nodes.address, "--out", str(out)) == 0
+    assert nodes.second is None
+    assert len(resumed) == 3
+    assert resumed[:2] == [[], []]
+    assert resumed[2]
+    assert files(out) == files(compared)
+
+
+def test_few_runs_go_one_after_another_over_all_workers(nodes: Nodes, compared: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    more = ["--executor", "ray", "--workers", "3", "--out", str(out)]
+    assert command("compare", *COMPARED, *more) == 0
+    assert files(out) == files(compared)
+
+
+def test_a_run_that_fails_elsewhere_is_named(nodes: Nodes, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "out"
+    options = ["--model", "helpers:Breaking", "--rounds", "2", "--clients", "5", "--executor", "ray"]
+    assert command("compare", "fedavg", "scaffold", *options, "--out", str(out)) == 1
+    told = capsys.readouterr().err
+    assert "fedavg-seed0: client 0, round 1, phase train, in client_update: ValueError: boom" in told
+    assert "helpers.py" in told
 
 
 # --- what is placed ----------------------------------------------------------------------------------------------
@@ -237,15 +317,13 @@ BAD = {
 
 
 @pytest.mark.parametrize("address", BAD)
-@pytest.mark.parametrize("command", ["run", "compare"])
+@pytest.mark.parametrize("name", ["run", "compare"])
 def test_a_bad_address_is_one_line_and_leaves_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, address: str, command: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, address: str, name: str
 ) -> None:
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    names = ["fedavg"] if command == "run" else ["fedavg", "local"]
-    with pytest.raises(SystemExit) as caught:
-        main([command, *names, "--executor", "ray", "--address", address, "--out", str(tmp_path / "out")])
-    assert caught.value.code == 2
+    names = ["fedavg"] if name == "run" else ["fedavg", "local"]
+    assert command(name, *names, "--executor", "ray", "--address", address, "--out", str(tmp_path / "out")) == 2
     told = capsys.readouterr().err.strip().splitlines()[-1]
     assert told.startswith(f"consilience: --address {address}: ")
     assert BAD[address] in told

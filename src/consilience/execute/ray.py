@@ -46,6 +46,7 @@ KNOCK = 5.0
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # prints none of its lines: the loss of a node would be pages of them
     "RAY_worker_niceness": "0",  # client work is the work, not what is done when nobody else wants the CPU
 }
 """What Ray is told before it is imported, unless the user has said something else."""
