@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from consilience.core.errors import CheckpointError, ConfigError, DataError
 from consilience.core.federation import Federation
 from consilience.core.model import Architecture, Weights
 from consilience.core.predict import Net, Predictor
+from consilience.core.site import Place
 from consilience.core.snapshot import Snapshot
 from consilience.core.worker import Worker
 from consilience.folder import digest_text, read_lines, read_snapshot
@@ -71,9 +72,10 @@ def read_run(folder: Path) -> Finished:
 def digest(folder: Path) -> str:
     """A run's three digests, computed anew from its checkpoint and history. Raises CheckpointError."""
     from consilience import methods
+    from consilience.parts.compose import composed
 
     spec, _ = experiment.read_spec(folder)
-    methods.get(spec.method)  # registers the records of its state
+    composed(methods.make(spec.method, spec.options))  # registers the records of its state
     snapshot, notes = read_snapshot(folder)
     if snapshot.version < spec.config.rounds:
         raise CheckpointError(f"{folder}: only {snapshot.version} of {spec.config.rounds} rounds are done; resume it")
@@ -179,25 +181,35 @@ def _target(run: Finished, columns: Sequence[str]) -> str | None:
 def export(folder: Path, out: Path, client: int | None = None) -> list[Path]:
     """Write a model's weights as safetensors, under the names that ``load_state_dict`` takes, and config.json
     beside it; returns both paths. Raises ConfigError if what would be deployed is not one network."""
-    from safetensors.torch import save
-
     run = read_run(folder)
     predictor = run.predictor(client)
     if not isinstance(predictor, Net):
         raise ConfigError(f"{run.spec.method} deploys a {type(predictor).__name__}, which is not one network to export")
-    tensors = {k: v.contiguous() for k, v in {**predictor.weights.params, **predictor.weights.buffers}.items()}
-    task, federation = run.federation.task, run.federation
     about = {
-        "model": predictor.model or run.worker.place.server_model,
-        "input_shape": list(federation.input_shape),
-        "outputs": task.outputs,
-        "task": task.kind,
-        "classes": list(task.classes),
-        "features": federation.about.get("features", []),
+        "input_shape": list(run.federation.input_shape),
+        "features": run.federation.about.get("features", []),
         "method": run.spec.label,
         "rounds": run.snapshot.version,
         "client": client,
         "data": run.spec.config.data,
+    }
+    return write_model(predictor, out, run.worker.place, about)
+
+
+def write_model(predictor: Predictor, out: Path, place: Place, about: Mapping[str, Any]) -> list[Path]:
+    """Write a network's weights and config.json, with what ``about`` says of where it comes from; no paths if it is
+    not one network."""
+    from safetensors.torch import save
+
+    if not isinstance(predictor, Net):
+        return []
+    tensors = {k: v.contiguous() for k, v in {**predictor.weights.params, **predictor.weights.buffers}.items()}
+    about = {
+        "model": predictor.model or place.server_model,
+        "outputs": place.task.outputs,
+        "task": place.task.kind,
+        "classes": list(place.task.classes),
+        **about,
     }
     out.mkdir(parents=True, exist_ok=True)
     checkpoint.write_atomically(out / "model.safetensors", save(tensors))

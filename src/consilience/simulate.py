@@ -39,6 +39,7 @@ from consilience.fleet.summary import describe
 from consilience.fleet.topology import summary
 from consilience.folder import RunFolder, digest_text
 from consilience.measure.metrics import Standard
+from consilience.parts.compose import composed
 from consilience.parts.split import head_of
 from consilience.schedule import names as schedules
 from consilience.schedule.buffered import Buffered
@@ -159,6 +160,7 @@ def run(
 
     Raises ConfigError, DataError or NeedsError before any work, ClientError if a client's own code fails.
     """
+    method = composed(method)
     worker = prepare(
         method, federation, model=model, models=models, feature_dim=feature_dim, topology=topology, mixing=mixing,
         init=init, seed=seed, fleet=fleet, fleet_correlation=fleet_correlation,
@@ -238,6 +240,7 @@ def prepare(
 ) -> Worker:
     """Everything that client work needs, checked: architectures, initial weights, topology, the method's needs. fleet:
     for architectures by the memory of devices."""
+    method = composed(method)
     own = resolve(model, federation, feature_dim)
     assigned = None
     if models is not None:

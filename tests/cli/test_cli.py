@@ -100,6 +100,20 @@ def test_a_comparisons_files(place: Path) -> None:
     assert (place / "many" / "report.html").stat().st_size > 10_000
 
 
+def test_a_method_combined_otherwise_is_a_run_like_any(place: Path) -> None:
+    options = ["--weights", "fedce", "--aggregator", "trimmed:0.1", "--partition", "dirichlet:0.3"]
+    done = consilience("run", "fedprox", *SMALL, *options, "--out", "ruled", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert consilience("digest", "ruled", cwd=place).stdout == (place / "ruled" / "digest.txt").read_text()
+    for command in (["resume", "ruled"], ["predict", "ruled", "digits"], ["export", "ruled"], ["report", "ruled"]):
+        done = consilience(*command, cwd=place)
+        assert done.returncode == 0, (command, done.stderr)
+    refused = consilience("run", "fedlex", "--weights", "ida", "--out", "no", cwd=place)
+    assert refused.returncode == 2
+    assert "weighs clients in its own way" in refused.stderr
+    assert not (place / "no").exists()
+
+
 def test_digest_is_the_same_on_any_executor(place: Path) -> None:
     expected = consilience("digest", "one", cwd=place).stdout
     assert [line.split()[0] for line in expected.splitlines()] == ["server", "clients", "history"]

@@ -22,7 +22,7 @@ from consilience.core.encode import decode, encode, encoded_size
 from consilience.core.events import Decision, Instant
 from consilience.core.messages import Job, Trip
 from consilience.execute.ray import connected
-from consilience.methods import DPSGD, FedASMU, FedAvg, FedProx
+from consilience.methods import DPSGD, FedAdam, FedASMU, FedAvg, FedProx, Scaffold
 from consilience.schedule.immediate import Immediate
 from consilience.schedule.rounds import Rounds
 
@@ -58,6 +58,13 @@ FIXTURES = {
     ),
     "fedasmu-spread": Case(FedASMU(), {"schedule": Immediate(), "clock": Spread(), "participation": 3}),
 }
+COMPOSED = {
+    "scaffold-disco": Case(Scaffold(weights="disco")),
+    "fedprox-fedce": Case(FedProx(weights="fedce", aggregator="trimmed:0.2")),
+    "fedadam-fedau": Case(FedAdam(weights="fedau", aggregator="upgrad")),
+    "fedavg-ida": Case(FedAvg(weights="ida", aggregator="rfa")),
+}
+"""Methods combined otherwise than they do themselves."""
 ROUGH = {"fleet": "phones", "drops": 0.15}
 SCHEDULES = {
     "rounds": Case(FedAvg(), {**ROUGH, "availability": "markov:0.5:0.2"}),
@@ -97,6 +104,7 @@ CASES = (
         for name, cls in methods.every().items()
     }
     | {f"fixture-{k}": c for k, c in FIXTURES.items()}
+    | {f"composed-{k}": c for k, c in COMPOSED.items()}
     | {f"schedule-{k}": c for k, c in SCHEDULES.items()}
 )
 

@@ -17,8 +17,10 @@ import pytest
 import yaml
 
 from consilience.core.errors import Refused
+from consilience.measure.board import board
 from consilience.measure.statistics import leaderboard, t_interval
 from consilience.report import answer
+from consilience.report.blob import curves_blob
 from consilience.report.facts import gather
 from consilience.report.html import write_report
 from consilience.report.load import read_runs
@@ -451,3 +453,51 @@ def test_chromium_draws_what_a_real_comparison_wrote(tmp_path: Path) -> None:
     assert "Dirichlet" in page or "dirichlet:0.3" in page
     best = json.loads((tmp_path / "real" / "leaderboard.json").read_text())[0]
     assert f"{100 * best['accuracy']:.1f}" in page
+
+
+def with_validation(folder: Path) -> Path:
+    """The comparison with validation scores that are best at round 20."""
+    for path in folder.glob("*/history.jsonl"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for line in lines:
+            if "clients" in line:
+                line["clients"]["valid"] = {"mean": 1 - abs(line["round"] - 20) / 100}
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_curves_of_the_round_that_is_best_on_validation_data(make_compare: Make) -> None:
+    folder = make_compare(["fedavg", "scaffold"], 2)
+    assert 'data-state="pick"' not in write_report(folder).read_text()
+    with_validation(folder)
+    found = curves_blob(gather(folder))
+    of, best = found["of"]["mean"]["fedavg"], found["best"]["mean"]["fedavg"]
+    at = of["round"].index(20)
+    assert best["round"] == of["round"]
+    assert best["y"][: at + 1] == of["y"][: at + 1]
+    assert set(best["y"][at:]) == {of["y"][at]}
+    assert 'data-state="pick"' in write_report(folder).read_text()
+    row = next(r for r in board(read_runs(folder)) if r["method"] == "fedavg")
+    assert row["best_rounds"] == [20, 20]
+    lines = [run.history[20]["global"]["accuracy"] for run in read_runs(folder) if run.label == "fedavg"]
+    assert row["best_accuracy"] == pytest.approx(sum(lines) / 2)
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on PATH")
+def test_the_switch_to_the_best_round(make_compare: Make, tmp_path: Path) -> None:
+    page = write_report(with_validation(make_compare(["fedavg", "scaffold"], 2)))
+    script = """<script>addEventListener('load', () => {
+    const told = [document.querySelector('#cv-t').textContent, document.querySelector('#cv svg').outerHTML];
+    document.querySelector('[data-state=pick] input[value=best]').click();
+    told.push(document.querySelector('#cv-t').textContent, document.querySelector('#cv svg').outerHTML);
+    document.title = JSON.stringify([told[0], told[2], told[1] === told[3]]);
+    });</script></body>"""
+    used = page.with_name("used.html")
+    used.write_text(page.read_text("utf-8").replace("</body>", script), "utf-8")
+    dom, complaints = browse(used, tmp_path / "profile", 1400, "light")
+    assert complaints == ""
+    title = re.search(r"<title>(.*?)</title>", dom)
+    assert title
+    before, after, same = json.loads(unescape(title[1]))
+    assert after == f"{before}, of the round best on validation data so far"
+    assert not same

@@ -130,7 +130,7 @@ class Judge:
                 self.federation.task, scores, test.y, loss, line.full, test.sensitive
             )
         done = iter(self.executor.finish([ticket for _, ticket in line.judged if ticket is not None]))
-        nothing = Score(0, 0.0, None), None
+        nothing = Score(0, 0.0, None), None, None
         found = [nothing if ticket is None else next(done) for _, ticket in line.judged]
         rows = [
             self._row(record["round"], job.client, *pair) for (job, _), pair in zip(line.judged, found, strict=True)
@@ -140,7 +140,7 @@ class Judge:
             if not line.last and row["client"] in line.pairs:
                 row["before"], row["after"] = map(_value, line.pairs[row["client"]])
         self._summaries(record, rows, line)
-        judged = [(job.client, score.groups) for (job, _), (score, _) in zip(line.judged, found, strict=True)]
+        judged = [(job.client, score.groups) for (job, _), (score, *_) in zip(line.judged, found, strict=True)]
         counts = [groups for client, groups in judged if groups is not None and client not in self.federation.unseen]
         if counts:
             record["clients"]["groups"] = self.measures.between_groups(self.federation.task, counts)
@@ -157,7 +157,7 @@ class Judge:
                 self._set = sorted(int(c) for c in rng.choice(n, most, replace=False))
         return self._set
 
-    def _row(self, version: int, client: int, score: Score, after: Score | None) -> dict[str, Any]:
+    def _row(self, version: int, client: int, score: Score, after: Score | None, valid: Score | None) -> dict[str, Any]:
         row: dict[str, Any] = {"round": version, "client": client, "seen": client not in self.federation.unseen}
         row.update(n=score.n, loss=score.loss, train=self.federation.size(client))
         if self.place.models is not None:
@@ -167,6 +167,8 @@ class Judge:
         if score.groups is not None:
             names = self.federation.task.sensitive
             row["groups"] = {name: counts.tolist() for name, counts in zip(names, score.groups, strict=True)}
+        if valid is not None and valid.n:
+            row["valid"] = _value(valid)
         if after is not None:
             row["before"], row["after"] = _value(score), _value(after)
         return row
@@ -175,8 +177,12 @@ class Judge:
         rows = [row for row in rows if row["n"]]
         seen = [row.get("accuracy", row["loss"]) for row in rows if row["seen"]]
         unseen = [row.get("accuracy", row["loss"]) for row in rows if not row["seen"]]
+        valid = [row["valid"] for row in rows if row["seen"] and "valid" in row]
         if seen:
             record["clients"] = self._across(seen)
+        if seen and valid:
+            record["clients"]["valid"] = self._across(valid)
+        if seen:
             record["clients"].update(self._by_model(rows))
         if unseen:
             record["unseen"] = self._across(unseen)

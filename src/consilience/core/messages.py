@@ -180,7 +180,8 @@ class Score(NamedTuple):
 
 @record
 class Work(NamedTuple):
-    """What a job did: update to send, samples, steps and FLOP computed, training loss, judgements if asked for."""
+    """What a job did: update to send, samples, steps and FLOP computed, training loss, judgements if asked for.
+    seconds: of real time, where a job is done far away; else 0, so that a job's result is the same at any speed."""
 
     update: Tree
     samples: int
@@ -189,6 +190,7 @@ class Work(NamedTuple):
     before: Score | None = None
     after: Score | None = None
     flops: float = 0.0
+    seconds: float = 0.0
 
 
 @record
@@ -198,7 +200,8 @@ class Reply(NamedTuple):
     samples: the client's registered training rows (its weight). trained, steps: samples and steps computed.
     staleness: server updates made since the broadcast. since: virtual time of the dispatch. seconds: from there to
     the arrival. trip: what they were spent on (the sum over a chain's phases). rings: timers of the schedule that
-    rang since the dispatch, one at the time of combining included.
+    rang since the dispatch, one at the time of combining included. share: the weight that a rule gave it, which wins
+    over the method's own.
     """
 
     job: Job
@@ -214,6 +217,7 @@ class Reply(NamedTuple):
     since: float = 0.0
     trip: Trip = Trip()
     rings: int = 0
+    share: float | None = None
 
 
 @record

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_type_hints
@@ -106,6 +107,8 @@ class Method(Training):
     """Whether ``aggregate`` trains, so that it should run where client work runs."""
     counts_rows: ClassVar[bool] = False
     """Whether ``host.rows`` is wanted: all clients' training rows together, which takes asking each of them."""
+    takes_rules: ClassVar[bool] = False
+    """Whether ``aggregate`` weighs by :meth:`shares`, so that a rule may give the weights."""
     unstacked: ClassVar[str] = ""
     """Why clients that run in step cannot have their gradients computed together, if they cannot."""
 
@@ -198,7 +201,10 @@ class Method(Training):
         return server._replace(model=self.combine(server.model, replies))
 
     def shares(self, replies: Sequence[Reply]) -> list[float]:
-        """The weight of each reply; they sum to 1."""
+        """The weight of each reply; they sum to 1, unless a rule gave others (as with absent clients' missing)."""
+        given = [reply.share for reply in replies if reply.share is not None]
+        if given:
+            return given
         if self.weights == "uniform":
             return uniform_weights(len(replies))
         return sample_weights([reply.samples for reply in replies])
@@ -229,8 +235,10 @@ class Method(Training):
         return mean
 
     def mean_buffers(self, replies: Sequence[Reply], shares: Sequence[float]) -> dict[str, Any]:
-        """The clients' buffers, averaged with the same weights (form "delta")."""
-        mean: dict[str, Any] = weighted_sum([reply.update.buffers for reply in replies], shares)
+        """The clients' buffers, averaged with the same weights, made to sum to 1 (form "delta")."""
+        total = 1.0 if all(reply.share is None for reply in replies) else math.fsum(shares)
+        buffers = [reply.update.buffers for reply in replies]
+        mean: dict[str, Any] = weighted_sum(buffers, shares if total == 1.0 else [share / total for share in shares])
         return mean
 
     def report(self, server: Tree) -> Mapping[str, float]:

@@ -187,21 +187,23 @@ class Worker:
         with _blame(site, phase, "send"):
             return self.method.send(phase, self._own(site, state.state if isinstance(state, Kept) else state))
 
-    def do_judge(self, message: Tree, job: Job, state: Tree, train: bool) -> tuple[Score, Score | None]:
-        """A client's deployed model on its own test rows, and again after a round of local training that leaves
-        no trace (if ``train``)."""
+    def do_judge(self, message: Tree, job: Job, state: Tree, train: bool) -> tuple[Score, Score | None, Score | None]:
+        """A client's deployed model on its own test rows; the same after a round of local training that leaves no trace
+        (if ``train``); and on its validation rows (if it has any)."""
         site, phase = self.site(job)
         with _blame(site, phase, "init_client") as at:
             message, own = self._open(site, message, state)
             at.stage = "personal_model"
-            before = self._judge(site, message, own)
+            deployed = self.method.personal_model(site, message, own)
+            before = site.evaluate(deployed)
+            valid = site.evaluate(deployed, site.valid) if len(site.valid) else None
             after = None
             if train and before.n and len(site.train):  # without test rows there is nothing to learn from it
                 at.stage = "client_update"
                 update, own = self.method.client_update(phase, site, message, own)
                 at.stage = "trained_model"
                 after = site.evaluate(self.method.trained_model(site, message, update, own))
-        return before, after
+        return before, after, valid
 
     def do_aggregate(
         self, shared: Tree, phase: int, version: int, server: Tree, replies: Sequence[Reply], cohort: Sequence[int]
@@ -213,10 +215,15 @@ class Worker:
 
     def deployed(self, server: Tree, client: int, state: Tree) -> Predictor | None:
         """What a client would deploy, from the server's and its own state."""
+        model = self.place.model_of(client)
+        info = ClientInfo(client, self.federation.size(client), model, self.place.architectures)
+        return self.personal(self.method.deploy(server, info), client, state)
+
+    def personal(self, message: Tree, client: int, state: Tree) -> Predictor | None:
+        """What a client would deploy, from the message that it would get and its own state."""
         first = next(i for i, phase in enumerate(self.program) if phase.when not in ("start", "end"))
         site, _ = self.site(Job(-1, client, 0, 0, 0, first))
-        info = ClientInfo(client, self.federation.size(client), site.model, self.place.architectures)
-        message, own = self._open(site, self.method.deploy(server, info), state)
+        message, own = self._open(site, message, state)
         return self.method.personal_model(site, message, own)
 
     def do_chunk(self, predictor: Predictor, start: int, stop: int) -> Chunk:

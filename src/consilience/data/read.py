@@ -39,7 +39,7 @@ def read_file(
     path = Path(path)
     if path.suffix.lower() == ".npz":
         return _read_npz(path, target, task, tuple(sensitive))
-    return _from_frame(read_frame(path), str(path), path.name, target, task, tuple(sensitive))
+    return from_frame(read_frame(path), str(path), path.name, target, task, tuple(sensitive))
 
 
 def read_client_files(
@@ -76,7 +76,7 @@ def read_client_files(
         import pandas as pd
 
         joined = pd.concat(frames, ignore_index=True)
-        raw = _from_frame(joined, name, name, target, task, tuple(sensitive))
+        raw = from_frame(joined, name, name, target, task, tuple(sensitive))
         sizes = np.repeat(np.arange(len(files)), [len(frame) for frame in frames])
     columns = {**raw.columns, OWNER: sizes}
     return replace(raw, columns=columns, natural=OWNER, client_names=tuple(file.stem for file in files))
@@ -125,7 +125,7 @@ def _same_columns(files: Sequence[Path], frames: Sequence[pd.DataFrame]) -> None
                 raise DataError(f"file {file}: column '{column}' holds {kinds[0]}, in {files[0]} it holds {kinds[1]}")
 
 
-def _from_frame(
+def from_frame(
     frame: pd.DataFrame, where: str, name: str, target: str | None, task: TaskKind | None, sensitive: tuple[str, ...]
 ) -> RawData:
     import pandas as pd

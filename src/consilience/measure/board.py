@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from consilience.measure.best import best_line
 from consilience.measure.contrasts import Difference, differences
 from consilience.measure.statistics import Recorded, final_scores, last_clients, last_of, leaderboard
 from consilience.measure.target import COSTS, Cost, cost_of, reach
@@ -27,6 +28,7 @@ def board(
     for row in rows:
         own = [run for run in runs if run.label == row["method"]]
         row |= _evenness(own)
+        row |= _best(own, scores.metric, scores.lower)
         row["gain"] = None if row["method"] == LOCAL or not alone else gain(own, alone, lower=scores.lower)
         row["groups"] = group_means(own) or None
         row["reference"] = reference
@@ -41,6 +43,18 @@ def _evenness(runs: Sequence[Recorded]) -> dict[str, float | None]:
         "variance": fmean(v * v for v in std) if std else None,
         "jain": _mean([last_of(run, "clients", "jain") for run in runs]),
         "entropy": _mean([last_of(run, "clients", "entropy") for run in runs]),
+    }
+
+
+def _best(runs: Sequence[Recorded], metric: str, lower: bool) -> dict[str, Any]:
+    """The score at the round that is best on validation data, mean over seeds, and each seed's round."""
+    lines = [best_line(run.history, lower=lower) for run in runs]
+    keys = ("global", "loss" if lower else "accuracy") if metric == "global" else ("clients", "mean")
+    values = [None if line is None else (line.get(keys[0]) or {}).get(keys[1]) for line in lines]
+    known = all(value is not None and math.isfinite(value) for value in values)
+    return {
+        "best_accuracy": _mean(values) if known else None,
+        "best_rounds": [line["round"] for line in lines if line is not None] if known else None,
     }
 
 

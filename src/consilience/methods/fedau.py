@@ -15,15 +15,7 @@ from consilience.core.site import Host
 from consilience.core.training import Search, option
 from consilience.core.tree import record
 from consilience.parts.staleness import move
-
-
-@record
-class Seen(NamedTuple):
-    """A client's participation: mean of its intervals, how many there were, and the update that ended the last."""
-
-    mean: float
-    times: int
-    last: int
+from consilience.parts.weights import Given, Participation, Presence, Seen
 
 
 @record
@@ -47,7 +39,7 @@ class FedAU(Method):
     of 1 / N.
 
     If everybody takes part always, this is FedAvg with uniform weights in difference form, bit for bit; cutoff = 1
-    makes every w_i 1.
+    makes every w_i 1. The rule alone, for other methods, is ``--weights fedau``.
 
     Source: Wang, Ji, "A Lightweight Method for Tackling Unknown Participation Statistics in Federated Averaging",
     ICLR 2024, algorithm 2. Deviation: rounds in which nobody can be reached are no rounds here.
@@ -72,23 +64,6 @@ class FedAU(Method):
         self, phase: Phase, host: Host, server: Server, replies: Sequence[Reply], cohort: Sequence[int]
     ) -> Server:
         """One server step, then the intervals that end with it."""
-        seen, now, shares = dict(server.seen), server.updates + 1, []
-        for reply in replies:
-            client = reply.job.client
-            before = self._cut(seen.get(client, Seen(1.0, 0, 0)), now)
-            share = 1.0 / host.clients if self.weights == "uniform" else reply.samples / host.rows
-            shares.append(before.mean * share)
-            seen[client] = _recorded(before, now - before.last, now)
-        model = move(server.model, replies, shares, self.server_lr)
-        return Server(model, now, dict(sorted(seen.items())))
-
-    def _cut(self, seen: Seen, now: int) -> Seen:
-        """Intervals that reached the cutoff before this round, which nobody has recorded yet."""
-        while self.cutoff is not None and now - seen.last > self.cutoff:
-            seen = _recorded(seen, self.cutoff, seen.last + self.cutoff)
-        return seen
-
-
-def _recorded(seen: Seen, interval: int, now: int) -> Seen:
-    mean = (seen.times * seen.mean + interval) / (seen.times + 1)
-    return Seen(mean, seen.times + 1, now)
+        rule = Participation(self.cutoff, by_size=self.weights == "samples")
+        shares, known = rule.weigh(host, Presence(server.updates, server.seen), Given(replies, ()))
+        return Server(move(server.model, replies, shares, self.server_lr), *known)

@@ -27,4 +27,5 @@ class FedAvg(Method):
     family = "baseline"
     source = "McMahan et al., AISTATS"
     year = 2017
+    takes_rules = True
     sums = Method.means

@@ -60,12 +60,15 @@ class FedAvgMomentum(Method):
     family = "skewed data"
     source = "Cheng et al., ICLR"
     year = 2024
+    takes_rules = True
     reduces: ClassVar[bool] = False
     """Whether steps are corrected by a gradient at the previous global model."""
 
     beta: Annotated[float, Gt(0), Le(1)] = option(0.1, "weight of the own gradient", Search(0.01, 1.0))
     server_lr: Annotated[float, Gt(0)] = option(1.0, "server step size eta_g, relative to averaging", Search(0.1, 10.0))
-    weights: Literal["samples", "uniform"] = option("uniform", "a client's weight (uniform in the paper)")
+    weights: Literal["samples", "uniform", "disco", "ida", "fedau", "fedce"] = option(
+        "uniform", "a client's weight (uniform in the paper), or a rule"
+    )
     form: Literal["delta"] = option("delta", "clients send differences")
 
     def check(self) -> None:

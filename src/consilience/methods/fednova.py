@@ -56,6 +56,7 @@ class FedNova(Method):
     family = "skewed data"
     source = "Wang et al., NeurIPS"
     year = 2020
+    takes_rules = True
 
     mu: Annotated[float, Ge(0)] = option(0.0, "weight of a proximal term", Search(1e-3, 1.0))
     server_momentum: Annotated[float, Ge(0), Lt(1)] = option(0.0, "beta", Search(0.0, 0.99, log=False))

@@ -50,6 +50,7 @@ class FedAvgM(Method):
     family = "server optimiser"
     source = "Hsu et al."
     year = 2019
+    takes_rules = True
     sums = Method.means
 
     server_lr: Annotated[float, Gt(0)] = option(1.0, "server step size eta_g", Search(0.1, 10.0))
@@ -102,6 +103,7 @@ class _Adaptive(Method):
     family = "server optimiser"
     source = "Reddi et al., ICLR"
     year = 2021
+    takes_rules = True
     sums = Method.means
 
     server_lr: Annotated[float, Gt(0)] = option(0.03, "server step size eta_g", Search(1e-3, 1.0))

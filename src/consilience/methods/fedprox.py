@@ -38,6 +38,7 @@ class FedProx(Method):
     family = "skewed data"
     source = "Li et al., MLSys"
     year = 2020
+    takes_rules = True
     sums = Method.means
 
     mu: Annotated[float, Ge(0)] = option(0.01, "weight of the proximal term", Search(1e-3, 1.0))

@@ -40,6 +40,7 @@ class FedSAM(Method):
     family = "skewed data"
     source = "Qu et al., ICML"
     year = 2022
+    takes_rules = True
     sums = Method.means
 
     rho: Annotated[float, Ge(0)] = option(0.05, "how far the worst point is looked for", Search(0.01, 0.5))

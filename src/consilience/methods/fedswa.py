@@ -50,12 +50,15 @@ class FedSWA(Method):
     family = "skewed data"
     source = "Liu et al., ICML"
     year = 2025
+    takes_rules = True
     confidence = "medium"
     sums = Method.means
 
     rho: Annotated[float, Ge(0), Le(1)] = option(0.1, "what the step size falls to within a round", Search(0.01, 1.0))
     server_lr: Annotated[float, Gt(0)] = option(1.5, "alpha; above 1 it extrapolates", Search(0.5, 2.0))
-    weights: Literal["samples", "uniform"] = option("uniform", "a client's weight (uniform in the paper)")
+    weights: Literal["samples", "uniform", "disco", "ida", "fedau", "fedce"] = option(
+        "uniform", "a client's weight (uniform in the paper), or a rule"
+    )
     form: Literal["delta"] = option("delta", "clients send differences")
 
     def plan(self, site: Site, message: Tree, state: Tree) -> Plan:
@@ -92,6 +95,7 @@ class FedMoSWA(Scaffold):
     name = "fedmoswa"
     source = "Liu et al., ICML"
     year = 2025
+    takes_rules = True
     confidence = "medium"
 
     rho: Annotated[float, Ge(0), Le(1)] = option(0.1, "what the step size falls to within a round", Search(0.01, 1.0))

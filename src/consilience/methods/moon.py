@@ -38,6 +38,7 @@ class Moon(Method):
     family = "skewed data"
     source = "Li et al., CVPR"
     year = 2021
+    takes_rules = True
     sums = Method.means
     needs = Needs(split_model=True, classification=True, loss=True)
     unstacked = "the loss looks at two more networks, which are each client's own"

@@ -84,10 +84,13 @@ class Scaffold(Method):
     family = "skewed data"
     source = "Karimireddy et al., ICML"
     year = 2020
+    takes_rules = True
 
     server_lr: Annotated[float, Gt(0)] = option(1.0, "server step size eta_g", Search(0.1, 2.0))
     control: Literal["1", "2"] = option("2", "how c_i is renewed: option 1 or 2 of the paper")
-    weights: Literal["samples", "uniform"] = option("uniform", "a client's weight (uniform in the paper)")
+    weights: Literal["samples", "uniform", "disco", "ida", "fedau", "fedce"] = option(
+        "uniform", "a client's weight (uniform in the paper), or a rule"
+    )
     form: Literal["delta"] = option("delta", "clients send differences")
 
     def least_samples(self, phase: Phase, rows: int, steps: int | None) -> int:

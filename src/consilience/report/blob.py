@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from consilience.measure.best import best_so_far, validation
 from consilience.measure.statistics import t_interval
 from consilience.report.facts import SLOTS, Dot, Entry, Facts
 from consilience.report.groups import plane_blob
@@ -82,20 +83,21 @@ class Point(NamedTuple):
         return (max(0.0, low), min(1.0, high)) if share else (low, high)
 
 
-def curve(entry: Entry, keys: Sequence[str]) -> list[Point]:
-    """A method's curve over the rounds at which any of its seeds was evaluated."""
-    by_round: dict[int, list[Mapping[str, Any]]] = {}
+def curve(entry: Entry, keys: Sequence[str], *, best: bool = False) -> list[Point]:
+    """A method's curve over the rounds at which any of its seeds was evaluated. best: at each round that was judged on
+    validation data, the value of the round that is best on it so far."""
+    by_round: dict[int, list[tuple[Mapping[str, Any], float]]] = {}
     for run in entry.runs:
-        for line in run.history:
-            if at(line, keys) is not None:
-                by_round.setdefault(int(line["round"]), []).append(line)
+        pairs = best_so_far(run.history, lower=not entry.share) if best else ((line, line) for line in run.history)
+        for line, shown in pairs:
+            if (value := at(shown, keys)) is not None:
+                by_round.setdefault(int(line["round"]), []).append((line, value))
     rounds = sorted(by_round)
     if len(rounds) > POINTS:
         rounds = [rounds[round(i * (len(rounds) - 1) / (POINTS - 1))] for i in range(POINTS)]
     points = []
     for number in rounds:
-        lines = by_round[number]
-        values = [v for line in lines if (v := at(line, keys)) is not None]
+        lines, values = [line for line, _ in by_round[number]], [value for _, value in by_round[number]]
         # with many seeds a bootstrap for every point would take minutes, and show no other band
         interval = t_interval(values) if len(values) > 1 else None
         points.append(
@@ -141,6 +143,11 @@ def axes(facts: Facts) -> list[Axis]:
     return found
 
 
+def judged_on_validation(facts: Facts) -> bool:
+    """Whether any run knows more than one round's validation score, so that one of them can be best."""
+    return any(sum(validation(line) is not None for line in run.history) > 1 for run in facts.runs)
+
+
 def _significant(value: float) -> float:
     return float(f"{value:.5g}")
 
@@ -148,8 +155,19 @@ def _significant(value: float) -> float:
 def curves_blob(facts: Facts) -> dict[str, Any]:
     """Axes, measures and every curve, in the units of the axes."""
     shown = measures(facts)
-    found = {m.key: {e.label: points for e in facts.entries if (points := curve(e, m.keys))} for m in shown}
     across, factor = axes(facts), facts.scale.factor
+
+    def drawn(measure: Measure, *, best: bool) -> dict[str, Any]:
+        return {
+            e.label: {
+                **{a.key: [_significant(getattr(p, a.key) / a.unit.factor) for p in points] for a in across},
+                "y": [_significant(p.mean * factor) for p in points],
+                "e": [_significant(p.half * factor) for p in points],
+            }
+            for e in facts.entries
+            if (points := curve(e, measure.keys, best=best))
+        }
+
     return {
         "axes": [
             {
@@ -161,17 +179,8 @@ def curves_blob(facts: Facts) -> dict[str, Any]:
             for a in across
         ],
         "measures": [m._asdict() for m in shown],
-        "of": {
-            key: {
-                label: {
-                    **{a.key: [_significant(getattr(p, a.key) / a.unit.factor) for p in points] for a in across},
-                    "y": [_significant(p.mean * factor) for p in points],
-                    "e": [_significant(p.half * factor) for p in points],
-                }
-                for label, points in of.items()
-            }
-            for key, of in found.items()
-        },
+        "of": {m.key: drawn(m, best=False) for m in shown},
+        "best": {m.key: drawn(m, best=True) for m in shown} if judged_on_validation(facts) else None,
     }
 
 

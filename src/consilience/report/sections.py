@@ -8,7 +8,17 @@ from html import escape
 from typing import Any
 
 from consilience.report import answer
-from consilience.report.blob import HEAT, Point, axes, client_order, curve, measures, partitions, strip_blob
+from consilience.report.blob import (
+    HEAT,
+    Point,
+    axes,
+    client_order,
+    curve,
+    judged_on_validation,
+    measures,
+    partitions,
+    strip_blob,
+)
 from consilience.report.evenness import evenness_table
 from consilience.report.facts import Dot, Entry, Facts, held, unfinished
 from consilience.report.markup import Cell, Column, details, empty, mark, named, note, radios, section, table
@@ -43,10 +53,11 @@ def curves_section(facts: Facts, number: int) -> str:
         return section("curves", number, "Learning curves", answer.curves_finding(facts), inner)
     bands = '<label class="check"><input type="checkbox" id="bands" checked>95 % bands</label>'
     across = [(a.key, a.short) for a in axes(facts)]
-    of = "loss" if facts.lower else "accuracy"
+    of, rounds = "loss" if facts.lower else "accuracy", [("last", "Last round"), ("best", "Best on validation")]
     inner = (
         '<noscript><p class="empty">The charts need JavaScript. Every table works without it.</p></noscript>'
         f'<div class="bar">{radios("x", "Horizontal axis", across)}{bands if len(facts.seeds) > 1 else ""}'
+        f"{radios('pick', 'Model of', rounds) if judged_on_validation(facts) else ''}"
         f'<i class="br"></i>{radios("y", f"Vertical axis: {of} of", [(m.key, m.short) for m in shown])}</div>'
         '<div class="inlinekey"><span class="lab" id="k2">Methods shown</span>'
         '<div class="keys" role="group" aria-labelledby="k2" data-keys></div></div>'
@@ -61,10 +72,11 @@ def curves_section(facts: Facts, number: int) -> str:
 def _curves_table(facts: Facts) -> str:
     marks = sorted({max(1, round(facts.rounds * share)) for share in (0.1, 0.25, 0.5, 0.75, 1.0)})
     body = ""
-    for measure in measures(facts):
+    picks = (False, True) if judged_on_validation(facts) else (False,)
+    for measure, best in [(measure, best) for measure in measures(facts) for best in picks]:
         rows = ""
         for entry in facts.entries:
-            points = curve(entry, measure.keys)
+            points = curve(entry, measure.keys, best=best)
             if not points:
                 continue
             cells = ""
@@ -73,7 +85,8 @@ def _curves_table(facts: Facts) -> str:
                 point = next((p for p in reversed(points) if p.round <= goal), None)
                 cells += f"<td>{NONE if point is None else _point(facts, point)}</td>"
             rows += f'<tr><th scope="row" class="stick">{named(entry)}</th>{cells}</tr>'
-        title = f'<th scope="rowgroup" class="stick sub" colspan="{len(marks) + 1}">{escape(measure.title)}</th>'
+        told = measure.title + (", of the round best on validation data so far" if best else "")
+        title = f'<th scope="rowgroup" class="stick sub" colspan="{len(marks) + 1}">{escape(told)}</th>'
         body += f"<tbody><tr>{title}</tr>{rows}</tbody>"
     head = "".join(f'<th scope="col">Round {goal:,}</th>' for goal in marks)
     return (

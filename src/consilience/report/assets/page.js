@@ -4,7 +4,7 @@ const $ = (s, r) => (r || document).querySelector(s), $$ = (s, r) => [...(r || d
 const D = JSON.parse($('#data').textContent), METHODS = D.methods, S = D.scale;
 const method = Object.fromEntries(METHODS.map(m => [m.id, m]));
 const MINUS = '\u2212';
-const state = {x: 'round', y: (D.curves.measures[0] || {}).key, fs: 0, bands: true, hidden: new Set(), focus: null, traced: null, cursor: 1};
+const state = {x: 'round', y: (D.curves.measures[0] || {}).key, pick: 'last', fs: 0, bands: true, hidden: new Set(), focus: null, traced: null, cursor: 1};
 let printing = false;
 
 /* ---------- words ---------- */
@@ -111,9 +111,9 @@ function curves() {
   const el = $('#cv');
   if (!el) return;
   const axis = D.curves.axes.find(a => a.key === state.x) || D.curves.axes[0], measure = D.curves.measures.find(m => m.key === state.y);
-  const of = D.curves.of[state.y], rows = [], missing = [];
+  const best = state.pick === 'best' && D.curves.best, of = (best ? D.curves.best : D.curves.of)[state.y], rows = [], missing = [];
   shown().forEach(m => { const c = of[m.id]; if (c) rows.push({m, x: c[axis.key], y: c.y, e: c.e}); else missing.push(m.name); });
-  $('#cv-t').textContent = measure.title;
+  $('#cv-t').textContent = measure.title + (best ? ', of the round best on validation data so far' : '');
   const ends = rows.map(r => r.x[r.x.length - 1]), x1 = Math.max(...ends), seeds = D.seeds.length;
   $('#cv-s').textContent = (S.unit ? `In ${S.unit}, ` : '') + (seeds > 1 ? `${S.unit ? 'm' : 'M'}ean of ${seeds} seeds${state.bands ? ' with 95 % band' : ''}` : `${S.unit ? 'o' : 'O'}ne seed`) + '.'
     + (rows.length && yRange(rows)[0] > 0 ? ' Vertical axis does not start at 0.' : '')

@@ -1,0 +1,217 @@
+"""Methods that weigh or combine replies in another way than their own, made of a method and a rule or an aggregator.
+
+A method that is combined otherwise is a subclass of it with :class:`Weighed` or :class:`Combined` in front, so that all
+that it sends, trains and deploys is its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+from consilience.core import tree as tr
+from consilience.core.errors import ConfigError
+from consilience.core.messages import ClientInfo, Model, Reply, Stat, kinds
+from consilience.core.method import Method, Phase, sums_suffice
+from consilience.core.model import Params, Weights
+from consilience.core.predict import Net, Predictor
+from consilience.core.shapes import Expected
+from consilience.core.site import Host, Place, Site
+from consilience.core.tree import Tree, record
+from consilience.parts import aggregators
+from consilience.parts.weights import RULES, Given, Rule
+
+
+@record
+class Standing(NamedTuple):
+    """The method's own server state, and the rule's memory."""
+
+    server: Tree
+    memory: Tree
+
+
+@record
+class Question(NamedTuple):
+    """In a rule's phase: the global model, and what the rule says to a client."""
+
+    model: Model
+    told: Stat
+
+
+@record
+class Own(NamedTuple):
+    """A client's state in the method, and the model that it sent last."""
+
+    state: Tree
+    last: Weights | None
+
+
+class Combined(Method):
+    """Mixin: updates are combined by an aggregator instead of summed."""
+
+    def aggregate(
+        self, phase: Phase, host: Host, server: Tree, replies: Sequence[Reply], cohort: Sequence[int]
+    ) -> Tree:
+        """One update in the place of several, and the method's own step along it."""
+        how = aggregators.parse(self.aggregator)
+        assert how is not None
+        updates = [reply.update for reply in replies]
+        weights = self.sums(replies) or dict.fromkeys(kinds(type(updates[0])), self.shares(replies))
+        samples = sum(reply.samples for reply in replies)
+        one = replies[0]._replace(update=how.combine(updates, weights), samples=samples, share=None)
+        return super().aggregate(phase, host, server, [one], cohort)
+
+
+class Weighed(Method):
+    """Mixin: replies are weighed by a rule with a memory."""
+
+    def rule(self) -> Rule:
+        """The rule; by default the one that the option ``weights`` names."""
+        return RULES[self.weights]
+
+    def init_server(self, host: Host) -> Standing:
+        """The method's, and an empty memory."""
+        return Standing(super().init_server(host), self.rule().init(host))
+
+    def select(self, server: Standing, view: Any) -> Sequence[int] | None:
+        """The method's."""
+        return super().select(server.server, view)
+
+    def broadcast(self, phase: Phase, server: Tree, client: ClientInfo) -> Tree:
+        """The method's."""
+        return super().broadcast(phase, server.server if isinstance(server, Standing) else server, client)
+
+    def deploy(self, server: Standing, client: ClientInfo) -> Tree:
+        """The method's."""
+        return super().deploy(server.server, client)
+
+    def aggregate(
+        self, phase: Phase, host: Host, server: Standing, replies: Sequence[Reply], cohort: Sequence[int]
+    ) -> Standing:
+        """The method's, with the rule's weights."""
+        deltas = [_delta(reply.update, server.server.model.params) for reply in replies]
+        shares, memory = self.rule().weigh(host, server.memory, Given(replies, deltas))
+        weighed = [reply._replace(share=share) for reply, share in zip(replies, shares, strict=True)]
+        return Standing(super().aggregate(phase, host, server.server, weighed, cohort), memory)
+
+    def global_model(self, server: Standing) -> Predictor | None:
+        """The method's."""
+        return super().global_model(server.server)
+
+
+def _delta(update: Tree, params: Params) -> Params:
+    if hasattr(update, "delta"):
+        return cast(Params, update.delta)
+    found: Params = tr.sub(update.model.params, params)
+    return found
+
+
+def _sent(start: Weights, update: Tree) -> Weights | None:
+    """The model that an update holds, itself or as a difference from ``start``."""
+    if hasattr(update, "delta"):
+        return Weights(tr.add(start.params, update.delta), update.buffers)
+    return getattr(update, "model", None)
+
+
+class Asked(Weighed):
+    """Mixin: the rule asks clients in a phase of its own."""
+
+    @property
+    def _asking(self) -> Phase | None:
+        return self.rule().phase
+
+    def program(self) -> tuple[Phase, ...]:
+        """The method's phases and the rule's."""
+        own = () if self._asking is None else (self._asking,)
+        return own + super().program() if self.rule().before else super().program() + own
+
+    def sends(self) -> None:
+        """Phases send different things."""
+
+    def least_samples(self, phase: Phase, rows: int, steps: int | None) -> int:
+        """The method's; none for an answer."""
+        return 0 if phase == self._asking else super().least_samples(phase, rows, steps)
+
+    def expects(self, place: Place, model: str) -> Mapping[str, Expected]:
+        """The method's, and the rule's."""
+        return {**super().expects(place, model), **self.rule().expects(place)}
+
+    def broadcast(self, phase: Phase, server: Tree, client: ClientInfo) -> Tree:
+        """The method's, or the rule's question."""
+        if phase == self._asking:
+            return Question(server.server.model, self.rule().ask(server.memory, client.id))
+        return super().broadcast(phase, server, client)
+
+    def init_client(self, site: Site) -> Tree:
+        """The method's, and no model sent."""
+        state = super().init_client(site)
+        return Own(state, None) if self.rule().remembers else state
+
+    def client_update(self, phase: Phase, site: Site, message: Tree, state: Tree) -> tuple[Tree, Tree]:
+        """The method's, or an answer."""
+        keeps = self.rule().remembers
+        if phase == self._asking:
+            return self.rule().answer(site, message.model, message.told, state.last if keeps else None), state
+        if not keeps:
+            return super().client_update(phase, site, message, state)
+        update, new = super().client_update(phase, site, message, state.state)
+        return update, Own(state.state if new is None else new, _sent(message.model, update))
+
+    def aggregate(
+        self, phase: Phase, host: Host, server: Standing, replies: Sequence[Reply], cohort: Sequence[int]
+    ) -> Standing:
+        """The method's, or what the rule learns."""
+        if phase == self._asking:
+            return server._replace(memory=self.rule().learn(server.memory, replies))
+        return super().aggregate(phase, host, server, replies, cohort)
+
+    def personal_model(self, site: Site, message: Tree, state: Tree) -> Predictor | None:
+        """The method's."""
+        return super().personal_model(site, message, self._inner(state))
+
+    def trained_model(self, site: Site, message: Tree, update: Tree, state: Tree) -> Predictor | None:
+        """The method's."""
+        if self.rule().remembers and _sent(message.model, update) is None:
+            return Net(state.last, site.model)  # an answer: what was trained in the phase before
+        return super().trained_model(site, message, update, self._inner(state))
+
+    def _inner(self, state: Tree) -> Tree:
+        return state.state if self.rule().remembers else state
+
+
+def composed(method: Method) -> Method:
+    """The method as its options ``weights`` and ``aggregator`` want it combined; itself if it does that already. Raises
+    ConfigError where these do not fit."""
+    mixins: list[type[Method]] = []
+    if not isinstance(method, Weighed) and method.weights in RULES:
+        rule = RULES[method.weights]
+        if not method.takes_rules:
+            raise ConfigError(f"{method.name} weighs clients in its own way; use weights=samples or uniform")
+        if rule.steps and method.form != "delta":
+            raise ConfigError(f"{method.name}: weights={method.weights} need not sum to 1; use form=delta")
+        mixins.append(Weighed if rule.phase is None else Asked)
+    if not isinstance(method, Combined) and (how := aggregators.parse(method.aggregator)) is not None:
+        if not (sums_suffice(method) or isinstance(method, Weighed)):
+            raise ConfigError(f"{method.name} combines in its own way and takes no aggregator; use aggregator=mean")
+        if how.differences and method.form != "delta":
+            raise ConfigError(f"{method.name}: aggregator={method.aggregator} works on differences; use form=delta")
+        mixins.append(Combined)
+    return _made(tuple(mixins), type(method), _fields(method)) if mixins else method
+
+
+def _fields(method: Method) -> dict[str, Any]:
+    return {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
+
+
+_known: dict[Any, type[Method]] = {}
+
+
+def _made(mixins: tuple[type[Method], ...], base: type[Method], fields: dict[str, Any]) -> Method:
+    """``base`` with mixins in front; pickled as the call that made it, since the class has no name to be found by."""
+    if (mixins, base) not in _known:
+        name = "".join(m.__name__ for m in mixins) + base.__name__
+        space = {"__reduce__": lambda self: (_made, (mixins, base, _fields(self))), "__module__": base.__module__}
+        parents = (base, *mixins) if issubclass(base, Weighed) else (*mixins, base)  # weights first, then combining
+        _known[mixins, base] = cast(type[Method], type(name, parents, space))
+    return _known[mixins, base](**fields)
