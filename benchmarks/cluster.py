@@ -39,6 +39,8 @@ METHODS = ("fedavg", "scaffold")
 WORKERS = (1, 2)
 CLIENTS = (8, 32, 112)
 WIDTHS = (100, 3_000, 30_000)
+INLINE = 100_000
+"""Bytes up to which an argument or a result is no object of its own in Ray's store."""
 ROWS, FEATURES, CLASSES = 4, 64, 10
 
 
@@ -135,7 +137,9 @@ def predictions(model: dict[str, float]) -> Iterator[dict[str, Any]]:
                     row = expected(method, workers, each * workers, size)
                     seconds = model["round_s"] + model["call_s"] * row["calls"] + model["byte_s"] * moved(row)
                     about = {"model": name, "method": method, "each": each, "workers": workers}
-                    yield {**about, **row, "driver_s": seconds}
+                    own = [row["call_bytes"] / row["calls"], row["result_bytes"] / row["calls"]]
+                    objects = row["placed"] + row["calls"] * sum(size > INLINE for size in own)
+                    yield {**about, **row, "objects": objects, "driver_s": seconds}
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -266,7 +267,9 @@ def test_a_run_that_fails_elsewhere_is_named(nodes: Nodes, tmp_path: Path, capsy
     options = ["--model", "helpers:Breaking", "--rounds", "2", "--clients", "5", "--executor", "ray"]
     assert command("compare", "fedavg", "scaffold", *options, "--out", str(out)) == 1
     told = capsys.readouterr().err
-    assert "fedavg-seed0: client 0, round 1, phase train, in client_update: ValueError: boom" in told
+    assert re.search(
+        r"(fedavg|scaffold)-seed0: client 0, round 1, phase train, in client_update: ValueError: boom", told
+    )
     assert "helpers.py" in told
 
 

@@ -343,7 +343,7 @@ class Ray(Pooled[_Hand]):
                 text = f"a node of the Ray cluster has {key} {value}, this machine {mine[key]}"
                 if key != "CPU capability":
                     raise ConfigError(f"{text}; install the same on both")
-                warnings.warn(f"{text}: last bits may differ (set ATEN_CPU_CAPABILITY)", RuntimeWarning, stacklevel=2)
+                warnings.warn(f"{text}: last bits may differ", RuntimeWarning, stacklevel=2)
         self._failures = 0
         self._coming.remove(hand)
         self._hands.append(hand)
