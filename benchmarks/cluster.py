@@ -6,13 +6,15 @@ Measured on a Ray of this machine, with clients of four rows, so that little but
 and bytes are counted by the executor and follow from the sizes of messages; the formulas in :func:`expected` are held
 against every count. The driver's CPU seconds a round (all its threads; beside other programs they mean more than
 seconds do) are fitted by ``a + b calls + c bytes moved``, coefficients not below 0, and relative errors weigh the same
-for small and for large rounds. Results go to `benchmarks/results/cluster.json`.
+for small and for large rounds. Results go to
+`benchmarks/results/cluster.json`; what is there is not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -41,6 +43,8 @@ CLIENTS = (8, 32, 112)
 WIDTHS = (100, 3_000, 30_000)
 INLINE = 100_000
 """Bytes up to which an argument or a result is no object of its own in Ray's store."""
+LARGEST = 1_000_000
+"""Clients times width that are measured at most: a round of more moves gigabytes."""
 ROWS, FEATURES, CLASSES = 4, 64, 10
 
 
@@ -57,7 +61,9 @@ class Watched(on_ray.Ray):
 def federation(clients: int) -> consilience.Federation:
     """Clients of a few rows, all for training, and as many rows to test on."""
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(clients * ROWS, FEATURES)).astype(np.float32)
+    x = rng.normal(size=(clients * LARGEST = 1_000_000
+"""Clients times width that are measured at most: a round of more moves gigabytes."""
+ROWS, FEATURES)).astype(np.float32)
     y = rng.integers(0, CLASSES, clients * ROWS)
     return from_arrays(x, y, clients=clients, split=(1.0, 0.0, 0.0), test=(x[:100], y[:100]))
 
@@ -142,28 +148,32 @@ def predictions(model: dict[str, float]) -> Iterator[dict[str, Any]]:
                     yield {**about, **row, "objects": objects, "driver_s": seconds}
 
 
-def main() -> None:
-    """Measure, fit, print, and keep."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    options = parser.parse_args()
-    on_ray.Ray = Watched  # type: ignore[misc]
-    rows = []
-    with on_ray.connected(None, max(WORKERS)):
-        for workers in WORKERS:
-            for clients in CLIENTS:
-                for width in WIDTHS:
-                    for method in METHODS:
-                        rows.append(measure(method, workers, clients, width, options.rounds))
-                        if not options.json:
-                            print(json.dumps(rows[-1]), flush=True)
+def keep(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Check what was measured, fit, and write it all down."""
     for row in rows:
         check(row)
     fitted = fit(rows)
     kept = {"cores": os.cpu_count(), "measured": rows, "fit": fitted, "predicted": list(predictions(fitted))}
     write_atomically(RESULTS, json.dumps(kept, indent=1) + "\n")
-    print(json.dumps(kept if options.json else fitted))
+    return kept
+
+
+def main() -> None:
+    """Measure, fit, print, and keep."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=6)
+    options = parser.parse_args()
+    on_ray.Ray = Watched  # type: ignore[misc]
+    rows = json.loads(RESULTS.read_text())["measured"] if RESULTS.exists() else []
+    done = [tuple(row[key] for key in ("workers", "clients", "width", "method")) for row in rows]
+    with on_ray.connected(None, max(WORKERS)):
+        for case in itertools.product(WORKERS, CLIENTS, WIDTHS, METHODS):
+            workers, clients, width, method = case
+            if case not in done and clients * width <= LARGEST:
+                rows.append(measure(method, workers, clients, width, options.rounds))
+                keep(rows)
+                print(json.dumps(rows[-1]), flush=True)
+    print(json.dumps(keep(rows)["fit"]))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import re
+import signal
+import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +20,8 @@ import pytest
 import torch
 from helpers import LINEAR, NOISY, Breaks, Dies, federation, loop, worker
 
-from consilience.beside import OnRay
+from consilience import beside
+from consilience.beside import Changes, OnRay, write_files
 from consilience.cli import main
 from consilience.core import tree as tr
 from consilience.core.encode import ALIGNMENT
@@ -22,7 +29,7 @@ from consilience.core.errors import ClientError, ConfigError, WorkerError
 from consilience.core.method import Method
 from consilience.execute import ray as on_ray
 from consilience.execute.pooled import Pooled
-from consilience.execute.ray import Ray, connected, pack, unpack
+from consilience.execute.ray import Ray, _Hand, connected, pack, unpack, versions
 from consilience.methods.fedavg import FedAvg
 from consilience.methods.scaffold import Scaffold
 from consilience.simulate import run
@@ -255,6 +262,7 @@ def test_runs_are_spread_and_their_files_come_back(
     assert files(out) == files(compared)
 
 
+@pytest.mark.slow
 def test_few_runs_go_one_after_another_over_all_workers(nodes: Nodes, compared: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     more = ["--executor", "ray", "--workers", "3", "--out", str(out)]
@@ -271,6 +279,69 @@ def test_a_run_that_fails_elsewhere_is_named(nodes: Nodes, tmp_path: Path, capsy
         r"(fedavg|scaffold)-seed0: client 0, round 1, phase train, in client_update: ValueError: boom", told
     )
     assert "helpers.py" in told
+
+
+def test_files_are_written_so_that_any_stop_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What says that others are whole comes after them, and what is out of date goes last."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    run(FedAvg(**USUAL), federation(), model=LINEAR, rounds=3, checkpoint_every=1, executor="serial", out=there)
+    changes = Changes(there)
+    assert changes.since()[0] == {}
+    (there / "digest.txt").write_text("new")
+    assert not changes.checkpoint()
+    new, names = changes.since()
+    assert list(new) == ["digest.txt"]
+    write_files(here, {name: (there / name).read_bytes() for name in names}, names)
+    written: list[str] = []
+    monkeypatch.setattr(beside, "write_atomically", lambda path, data: written.append(path.name))
+    write_files(here, dict.fromkeys(reversed(names), b""), names[1:])
+    assert written[-4:] == ["config.yaml", "00000002.json", "00000003.json", "digest.txt"]
+    assert {path.relative_to(here).as_posix() for path in here.rglob("*") if path.is_file()} == set(names[1:])
+
+
+# --- a Ray of its own --------------------------------------------------------------------------------------------
+
+
+def session(sid: int) -> list[str]:
+    """Names of the living processes of a session."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            name, rest = path.read_text().rsplit(")", 1)
+            if int(rest.split()[3]) == sid and rest.split()[0] != "Z":
+                found.append(name)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are listed by Linux's /proc")
+@pytest.mark.parametrize("interrupted", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_ray_of_its_own_says_nothing_and_leaves_nothing(tmp_path: Path, interrupted: bool) -> None:
+    out, rounds = tmp_path / "out", "10000" if interrupted else "2"
+    options = ["--clients", "4", "--model", "mlp:8", "--rounds", rounds, "--executor", "ray", "--json"]
+    told = tmp_path / "told"
+    with told.open("w") as file:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "consilience", "run", "fedavg", *options, "--out", str(out)],
+            stdout=subprocess.PIPE, stderr=file, text=True, start_new_session=True,
+        )  # fmt: skip
+        while interrupted and child.poll() is None and not (out / "history.jsonl").exists():
+            time.sleep(0.1)
+        if interrupted:
+            os.killpg(child.pid, signal.SIGINT)  # as a terminal does
+        answer, _ = child.communicate()
+    assert child.returncode == (1 if interrupted else 0)
+    lines = told.read_text().splitlines()
+    if interrupted:
+        assert lines[-1] == "consilience: interrupted; `consilience resume FOLDER` goes on"
+        assert answer == ""
+    else:
+        assert json.loads(answer)["last"]["round"] == 2
+        assert [line.split(",")[0] for line in lines] == ["fedavg: 2 rounds"]
+    for _ in range(50):
+        if not session(child.pid):
+            break
+        time.sleep(0.2)
+    assert not session(child.pid)
 
 
 # --- what is placed ----------------------------------------------------------------------------------------------
@@ -331,6 +402,12 @@ def test_a_bad_address_is_one_line_and_leaves_nothing(
     assert told.startswith(f"consilience: --address {address}: ")
     assert BAD[address] in told
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("key", ["torch", "consilience"])
+def test_a_node_of_another_version_is_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"a node of the Ray cluster has {key} 0.0, this machine "):
+        Ray.__new__(Ray)._welcome(_Hand(actor=None), "done", {**versions(), key: "0.0"})
 
 
 def test_an_address_wants_ray() -> None:
