@@ -6,8 +6,7 @@ Measured on a Ray of this machine, with clients of four rows, so that little but
 and bytes are counted by the executor and follow from the sizes of messages; the formulas in :func:`expected` are held
 against every count. The driver's CPU seconds a round (all its threads; beside other programs they mean more than
 seconds do) are fitted by ``a + b calls + c bytes moved``, coefficients not below 0, and relative errors weigh the same
-for small and for large rounds. Results go to
-`benchmarks/results/cluster.json`; what is there is not measured again.
+for small and for large rounds. Results go to `benchmarks/results/cluster.json`; what is there is not measured again.
 """
 
 from __future__ import annotations
@@ -61,9 +60,7 @@ class Watched(on_ray.Ray):
 def federation(clients: int) -> consilience.Federation:
     """Clients of a few rows, all for training, and as many rows to test on."""
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(clients * LARGEST = 1_000_000
-"""Clients times width that are measured at most: a round of more moves gigabytes."""
-ROWS, FEATURES)).astype(np.float32)
+    x = rng.normal(size=(clients * ROWS, FEATURES)).astype(np.float32)
     y = rng.integers(0, CLASSES, clients * ROWS)
     return from_arrays(x, y, clients=clients, split=(1.0, 0.0, 0.0), test=(x[:100], y[:100]))
 
