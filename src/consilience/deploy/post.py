@@ -181,7 +181,7 @@ class Post:
             self._answers[ticket] = answer._replace(blobs=None)
             self.tell(answer.head["from"], f"{'refuses' if 'refused' in answer.head else 'failed'}: {why}")
         if not letter.name:
-            self._greeting(letter, answer)
+            self._greeting(letter, self._answers[ticket])
 
     def _opened(self, letter: _Letter, reply: Sealed) -> Answer:
         """A reply, if it is from its site and answers this very message. Raises SealError."""
