@@ -123,6 +123,33 @@ CLAIMS: dict[str, Claim] = {
         "accuracy",
         lambda n: min(n[m] for m in ("fedavgm", "fedadagrad", "fedadam", "fedyogi")) > n["fedavg:form=delta"],
     ),
+    "fednova": Claim(
+        "FedNova ends above FedAvg where clients of unequal size do equal epochs (Wang et al., 2020)",
+        ("fedavg:form=delta", "fednova"),
+        {
+            "data": "digits", "clients": 16, "partition": "dirichlet:0.1", "rounds": 60, "local_epochs": 5, "seeds": 3,
+            "eval_clients_every": 0,
+        },
+        accuracy,
+        "accuracy",
+        lambda n: n["fednova"] > n["fedavg:form=delta"],
+    ),
+    "feddyn": Claim(
+        "on skewed labels FedDyn needs fewer rounds than FedAvg and SCAFFOLD (Acar et al., 2021)",
+        ("fedavg:form=delta", "scaffold", "feddyn:alpha=0.1"),
+        {**SKEWED, "rounds": 100, "local_epochs": 5, "eval_clients_every": 0},
+        rounds_to(0.85),
+        "rounds to 85 %",
+        lambda n: n["feddyn:alpha=0.1"] < min(n["fedavg:form=delta"], n["scaffold"]),
+    ),
+    "fedsam": Claim(
+        "FedSAM ends above FedAvg on skewed labels (Qu et al., 2022)",
+        ("fedavg", "fedsam:rho=0.05"),
+        {**SKEWED, "rounds": 60, "local_epochs": 2, "eval_clients_every": 0},
+        accuracy,
+        "accuracy",
+        lambda n: n["fedsam:rho=0.05"] > n["fedavg"],
+    ),
 }  # fmt: skip
 
 

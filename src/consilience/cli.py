@@ -17,6 +17,7 @@ from typer.core import TyperArgument, TyperCommand
 from consilience import __version__
 from consilience.config import TRAINING, Config, Settings, parse_method, settle
 from consilience.core.errors import ClientError, ConfigError, ConsilienceError, nearest
+from consilience.deploy.cli import deploy
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,6 +46,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+app.add_typer(deploy, name="deploy")
 
 
 def _consoles() -> tuple[Console, Console]:

@@ -95,13 +95,15 @@ class Config(BaseModel):
     concurrency: int | None = Field(None, ge=1, description="jobs in flight of an asynchronous schedule (the cohort)")
     over_selection: float = Field(1.0, ge=1, description="times the cohort that a deadline's rounds ask")
     late: Literal["discard", "partial"] = Field("discard", description="at a deadline: drop late work, or cut it short")
+    replay: str | None = Field(None, description="a deployment's arrivals.jsonl, to combine what came when it came")
     topology: str = Field("complete", description="who exchanges with whom, for methods without a server")
     mixing: Literal["metropolis", "uniform"] = Field("metropolis", description="weights of neighbours")
     init: str | None = Field(None, description="a safetensors file to start from")
     seed: int = Field(0, ge=0, description="of everything random")
     seeds: int = Field(1, ge=1, description="repetitions, with seeds seed, seed + 1, ...")
-    executor: Literal["auto", "serial", "processes", "stacked"] = Field("auto", description="where clients run")
-    workers: int | None = Field(None, ge=1, description="worker processes (cores)")
+    executor: Literal["auto", "serial", "processes", "stacked", "ray"] = Field("auto", description="where clients run")
+    workers: int | None = Field(None, ge=1, description="worker processes (cores; with ray: CPUs of the cluster)")
+    address: str | None = Field(None, description="with ray: HOST:PORT of a running cluster, or auto (one of its own)")
     client_state_memory: Annotated[str, BeforeValidator(_memory)] = Field(
         "1GB", description="clients' states to keep in memory; others go to files in the run's folder"
     )
@@ -204,7 +206,9 @@ def _rooted(config: Config) -> Config:
     """The configuration with absolute paths, so that what a run wrote down holds in any folder."""
     from consilience.data.spec import NAMES, is_file
 
-    found = {"init": config.init and str(Path(config.init).absolute())}
+    found = {
+        key: value and str(Path(value).absolute()) for key, value in (("init", config.init), ("replay", config.replay))
+    }
     name, _, rest = config.data.partition(":")
     if name not in NAMES and Path(config.data).exists():
         found["data"] = str(Path(config.data).absolute())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,12 @@ from torch import Tensor
 
 from consilience import experiment
 from consilience.core import checkpoint
+from consilience.core.encode import encode
 from consilience.core.errors import CheckpointError, ConfigError, DataError
 from consilience.core.federation import Federation
 from consilience.core.model import Architecture, Weights
 from consilience.core.predict import Net, Predictor
+from consilience.core.site import Place
 from consilience.core.snapshot import Snapshot
 from consilience.core.worker import Worker
 from consilience.folder import digest_text, read_lines, read_snapshot
@@ -180,30 +182,45 @@ def _target(run: Finished, columns: Sequence[str]) -> str | None:
 def export(folder: Path, out: Path, client: int | None = None) -> list[Path]:
     """Write a model's weights as safetensors, under the names that ``load_state_dict`` takes, and config.json
     beside it; returns both paths. Raises ConfigError if what would be deployed is not one network."""
-    from safetensors.torch import save
-
     run = read_run(folder)
     predictor = run.predictor(client)
     if not isinstance(predictor, Net):
         raise ConfigError(f"{run.spec.method} deploys a {type(predictor).__name__}, which is not one network to export")
-    tensors = {k: v.contiguous() for k, v in {**predictor.weights.params, **predictor.weights.buffers}.items()}
-    task, federation = run.federation.task, run.federation
     about = {
-        "model": predictor.model or run.worker.place.server_model,
-        "input_shape": list(federation.input_shape),
-        "outputs": task.outputs,
-        "task": task.kind,
-        "classes": list(task.classes),
-        "features": federation.about.get("features", []),
+        "input_shape": list(run.federation.input_shape),
+        "features": run.federation.about.get("features", []),
         "method": run.spec.label,
         "rounds": run.snapshot.version,
         "client": client,
         "data": run.spec.config.data,
     }
+    return write_model(predictor, out, run.worker.place, about)
+
+
+def write_model(predictor: Predictor, out: Path, place: Place, about: Mapping[str, Any]) -> list[Path]:
+    """Write a network's weights as model.safetensors, or another predictor as the tree that it is
+    (predictor.safetensors, for ``consilience.core.encode.decode``), and config.json, with what ``about`` says of where
+    it comes from; returns both paths."""
+    from safetensors.torch import save
+
+    file, data, model = "predictor.safetensors", b"", place.server_model
+    if isinstance(predictor, Net):
+        tensors = {k: v.contiguous() for k, v in {**predictor.weights.params, **predictor.weights.buffers}.items()}
+        file, data, model = "model.safetensors", save(tensors), predictor.model or model
+    else:
+        data = bytes(encode(predictor))
+    about = {
+        "model": model,
+        "file": file,
+        "outputs": place.task.outputs,
+        "task": place.task.kind,
+        "classes": list(place.task.classes),
+        **about,
+    }
     out.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_atomically(out / "model.safetensors", save(tensors))
+    checkpoint.write_atomically(out / file, data)
     checkpoint.write_atomically(out / "config.json", json.dumps(about, indent=1))
-    return [out / "model.safetensors", out / "config.json"]
+    return [out / file, out / "config.json"]
 
 
 def read_weights(path: Path, architecture: Architecture) -> Weights:

@@ -43,8 +43,9 @@ def versions() -> dict[str, str]:
     }
 
 
-def describe(federation: Federation) -> dict[str, Any]:
-    """A federation for the report: names, sizes, and class counts where there are not too many clients."""
+def describe(federation: Federation, content: bool = True) -> dict[str, Any]:
+    """A federation for the report: names, sizes, and class counts where there are not too many clients. content:
+    whether the rows are here to be counted."""
     n = federation.n_clients
     about: dict[str, Any] = {
         "name": federation.name,
@@ -57,7 +58,7 @@ def describe(federation: Federation) -> dict[str, Any]:
     }
     if n <= DRAWN:
         about["sizes"] = [federation.size(client) for client in range(n)]
-        if federation.task.kind == "classification":
+        if content and federation.task.kind == "classification":
             k = federation.task.outputs
             about["counts"] = [torch.bincount(federation.data(c).train.y, minlength=k).tolist() for c in range(n)]
     return about

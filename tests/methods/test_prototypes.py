@@ -225,11 +225,15 @@ def test_feddistill_leaves_its_own_out() -> None:
 
     server = combine(method.init_server(host), (0, sent(c0=4.0, c1=7.0, c2=1.0)), (1, sent(c0=2.0)))
     server = combine(server, (1, sent(c2=5.0)), (2, sent(c2=9.0)))
-    got = [method.broadcast(Phase("train"), server, ClientInfo(k, 1, "linear")) for k in range(4)]
+    got = [
+        method.broadcast(Phase("train"), server, ClientInfo(k, 1, "linear", at.place.architectures)) for k in range(4)
+    ]
     assert [p.classes.tolist() for p in got] == [[0, 2], [0, 1, 2], [0, 1, 2], [0, 1, 2]]
     assert [p.means[:, 0].tolist() for p in got] == [[2.0, 7.0], [4.0, 7.0, 9.0], [3.0, 7.0, 5.0], [3.0, 7.0, 7.0]]
     again = combine(server, (0, sent(c0=1.0)), (0, sent(c0=3.0)), (1, sent(c0=8.0)))  # a client may reply twice
-    mine, other = (method.broadcast(Phase("train"), again, ClientInfo(k, 1, "linear")) for k in (0, 1))
+    mine, other = (
+        method.broadcast(Phase("train"), again, ClientInfo(k, 1, "linear", at.place.architectures)) for k in (0, 1)
+    )
     assert mine.means[0, 0].item() == 8.0
     assert other.means[0, 0].item() == 2.0
 
@@ -242,6 +246,9 @@ def test_fedtgp_margin() -> None:
     assert FedTGP(tau=100.0).margin([sent], 5) == pytest.approx(9.0)
     alone = Prototypes(torch.tensor([1]), means[:1], torch.tensor([1]))
     assert method.margin([alone], 5) == 4.0
+    far = Prototypes(torch.tensor([2]), torch.tensor([[0.0, 29.0]]), torch.tensor([3]))
+    assert FedTGP(tau=100.0).margin([sent, far], 5) == pytest.approx((9 + 29) / 2)
+    assert FedTGP(tau=100.0, prototypes="rows").margin([sent, far], 5) == pytest.approx((9 + 3 * 29) / 4)
 
 
 def test_fedsa_anchors_drift() -> None:

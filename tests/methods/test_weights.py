@@ -9,7 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import LINEAR, NOISY, NORMED, SIZES, architecture, federation, loop, reply, site, vector, worker
+from helpers import (
+    LINEAR,
+    LINEAR64,
+    NOISY,
+    NORMED,
+    SCALAR64,
+    SIZES,
+    architecture,
+    federation,
+    loop,
+    reply,
+    site,
+    vector,
+    worker,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import trim_mean
@@ -168,6 +182,15 @@ def test_sums_stay_sums() -> None:
         np.testing.assert_allclose(five.delta["p"], 5 * one.delta["p"], rtol=1e-12)
 
 
+def test_buffers_are_means_whatever_the_weights_of_differences_sum_to() -> None:
+    sent = [delta(-4, 1, 1), delta(6, 1, 1)]
+    sent = [u._replace(buffers={"b": torch.tensor([float(i)])}) for i, u in enumerate(sent)]
+    how = aggregators.parse("upgrad")
+    assert how is not None
+    made = how.combine(sent, {"delta": [0.5, 0.5], "buffers": [0.5, 0.5]})
+    assert made.buffers["b"].tolist() == pytest.approx([0.789474 / (1.111111 + 0.789474)], abs=1e-5)
+
+
 @pytest.mark.parametrize("name", ["mediam", "trimmed", "trimmed:0.5", "trimmed:x", "median:2"])
 def test_aggregators_that_make_no_sense_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="aggregator"):
@@ -258,6 +281,10 @@ def test_rules_meet_aggregators() -> None:
         digest(run(FedAvg(weights=w, aggregator=a, **USUAL))) for w in ("ida", "disco") for a in ("median", "rfa")
     }
     assert len(digests) == 4
+    trimmed, plain = (
+        run(FedAvg(weights="ida", aggregator=a, **USUAL), model=LINEAR64).server.server for a in ("trimmed:0", "mean")
+    )
+    torch.testing.assert_close(vector(trimmed), vector(plain), rtol=1e-10, atol=1e-12)
     own = run(FedDisco(aggregator="median", **USUAL))
     assert digest(own) == digest(run(FedAvg(weights="disco", aggregator="median", **USUAL)))
 
@@ -367,6 +394,15 @@ def test_the_model_without_a_client_is_the_others() -> None:
         host = at.host(1, "train")
         score = host.evaluate(other, data.train)
         assert standing.memory.known[k].error == pytest.approx(1 - score.accuracy)
+
+
+def test_the_error_without_a_client_in_a_regression_is_the_loss() -> None:
+    at = worker(FedAvg(), federation(regression=True, dtype=torch.float64), SCALAR64)
+    own, x = SCALAR64.initial(0), SCALAR64.initial(0, 1)
+    told = rules.Contribution().answer(site(at), x, 0.3, own)
+    others = {name: (x.params[name] - 0.3 * p) / 0.7 for name, p in own.params.items()}
+    wanted = site(at).evaluate(x._replace(params=others), site(at).train).loss
+    assert float(told.error) == pytest.approx(wanted)
 
 
 def test_a_rule_survives_refusals_and_absence() -> None:

@@ -7,6 +7,7 @@ tree that the loop keeps and writes into checkpoints.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol
 
@@ -136,6 +137,24 @@ class Instant:
     def device(self, client: int) -> Device | None:
         """None."""
         return None
+
+
+class RealTime(Instant, ABC):
+    """A clock of real time: a job takes as long as it takes. What has come is told to it, and :meth:`trip` knows the
+    jobs that have come. All times are multiples of :data:`TICK`, so that sums and differences of them are exact."""
+
+    @abstractmethod
+    def now(self) -> float:
+        """Seconds since the beginning of the run."""
+
+    @abstractmethod
+    def came(self, job: Job, sent: float, time: float, compute: float | None) -> None:
+        """A job that was sent out at ``sent`` has come back at ``time``, after so many seconds of work; None: its
+        client will not answer."""
+
+
+TICK = 2.0**-10
+"""Seconds; the grain of real time."""
 
 
 def draw_cohort(

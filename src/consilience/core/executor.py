@@ -43,6 +43,10 @@ class Executor(ABC):
     def finish(self, tickets: Sequence[int]) -> list[Tree]:
         """The results of these calls, in this order; waits for them."""
 
+    def wait(self, tickets: Sequence[int], seconds: float) -> Sequence[int]:
+        """In real time: which of these can be finished without waiting; waits for one at most so long."""
+        return tickets
+
     def close(self) -> None:  # noqa: B027 (an executor in this process has nothing to close)
         """Let go of everything."""
 
@@ -87,14 +91,19 @@ class Executor(ABC):
     def redo(self, job: Job) -> Work:
         """The work of a job that was done in a block, once more, with its update."""
         cohort = self._cohorts[job.id]
-        return next(self.collect([job], [self.submit(job, cohort.message)], again=True))
+        work = next(self.collect([job], [self.submit(job, cohort.message)], again=True))
+        assert work is not None
+        return work
 
-    def collect(self, jobs: Sequence[Job], tickets: Sequence[int], again: bool = False) -> Iterator[Work]:
+    def collect(self, jobs: Sequence[Job], tickets: Sequence[int], again: bool = False) -> Iterator[Work | None]:
         """What these jobs did, one by one: what is asked for waits, the others go on. Their new states are pending
-        from then on. again: by themselves, though they had been done in a block."""
+        from then on. None: its client did not answer. again: by themselves, though they had been done in a block."""
         for job, ticket in zip(jobs, tickets, strict=True):
             cohort = None if again else self._cohorts.get(job.id)
             done = self.finish([ticket])[0] if cohort is None else cohort.take(job, ticket, self)
+            if done is None:  # a client far away that did not answer
+                yield None
+                continue
             work, self._pending[job.id] = done
             yield work
 

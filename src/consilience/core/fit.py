@@ -266,7 +266,8 @@ def training(site: Site, weights: Any, plan: Plan) -> Generator[float, None, Fit
     name = plan.optimizer or method.optimizer
     decay = method.weight_decay
     loss = plan.loss or _task_loss(site, plan.sample_weight)
-    grad = _Gradient(models, loss, operator, method.clip, decay if name == "sgd" else 0.0, plan.sum_gradients)
+    added = decay if optim.split(name)[0] == "sgd" else 0.0  # other optimisers take it themselves
+    grad = _Gradient(models, loss, operator, method.clip, added, plan.sum_gradients)
     if site.together is not None and plan.loss is None and operator is None and models.single:
         grad.ask = _company(site, models, plan.sample_weight)
     rate = plan.lr if plan.lr is not None else method.rate(site.job.version)

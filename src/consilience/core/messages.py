@@ -180,7 +180,8 @@ class Score(NamedTuple):
 
 @record
 class Work(NamedTuple):
-    """What a job did: update to send, samples, steps and FLOP computed, training loss, judgements if asked for."""
+    """What a job did: update to send, samples, steps and FLOP computed, training loss, judgements if asked for.
+    seconds: of real time, where a job is done far away; else 0, so that a job's result is the same at any speed."""
 
     update: Tree
     samples: int
@@ -189,6 +190,7 @@ class Work(NamedTuple):
     before: Score | None = None
     after: Score | None = None
     flops: float = 0.0
+    seconds: float = 0.0
 
 
 @record

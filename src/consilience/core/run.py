@@ -12,18 +12,24 @@ import numpy as np
 
 from consilience.core.errors import ConfigError, ConsilienceError
 from consilience.core.evaluate import Judge, Line
-from consilience.core.events import Decision, Event, Instant, Start, View, draw_cohort
+from consilience.core.events import TICK, Decision, Event, Instant, RealTime, Start, View, draw_cohort
 from consilience.core.executor import Executor
 from consilience.core.failpoint import reach
-from consilience.core.messages import Inbox, Job, Reply, Score, Summed
+from consilience.core.messages import Inbox, Job, Reply, Score, Summed, Work
 from consilience.core.method import sums_suffice
 from consilience.core.outbox import Outbox, size_of
 from consilience.core.program import Program
 from consilience.core.setup import Setup
 from consilience.core.site import Host
-from consilience.core.snapshot import Flight, Snapshot, Totals
+from consilience.core.snapshot import Flight, Sent, Snapshot, Totals
 from consilience.core.streams import philox
+from consilience.core.tree import Tree
 from consilience.core.worker import Call
+
+PATIENCE = 1.0
+"""Seconds between looks at who can be reached, where that is waited for."""
+NOTHING = Work(None, 0, 0, math.nan)
+"""What a client did that does not answer."""
 
 
 class _Open(NamedTuple):
@@ -38,6 +44,7 @@ class _Open(NamedTuple):
     ticket: int
     order: int
     bound: float
+    message: Tree
 
 
 def run(executor: Executor, setup: Setup, resume: Snapshot | None = None) -> Snapshot:
@@ -63,6 +70,7 @@ class Loop:
         self._open: list[_Open] = []
         self._laps: list[dict[str, Any]] = []
         self._timed = type(setup.clock) is not Instant
+        self._real = setup.clock if isinstance(setup.clock, RealTime) else None
         self._judged: dict[int, tuple[Score, Score]] = {}
         self._sum_there = sums_suffice(self.method) and all(stage is worker.check for stage in setup.stages)
         if resume is None:
@@ -109,8 +117,10 @@ class Loop:
         while True:
             back = self._returns()
             times = [f.arrives for f in self.flights.values()] + self.timers + [t for t, _ in back]
+            if self._real is not None and self._await(min(times, default=math.inf)):
+                continue
             bound = min((o.bound for o in self._open), default=math.inf)
-            if self._open and bound <= min(times, default=math.inf):
+            if self._real is None and self._open and bound <= min(times, default=math.inf):
                 self._collect()  # one of these may come first; the others are computed beside it
                 continue
             if min(times, default=math.inf) == math.inf:
@@ -126,6 +136,26 @@ class Loop:
             events += [Event("online", client=client) for t, client in back if t <= self.time]
             if events:
                 return events
+
+    def _await(self, due: float) -> bool:
+        """In real time: let what has come arrive now; if nothing is due until then, wait for it. Whether to look
+        again at what happens next."""
+        assert self._real is not None
+        left = due - self._real.now()
+        if left <= 0 or not (self._open or self.watch or left < math.inf):
+            return False
+        left = min(left, PATIENCE) if self.watch else left  # somebody may come online meanwhile
+        came = set(self.executor.wait([o.ticket for o in self._open], left))
+        some = [o for o in self._open if o.ticket in came]
+        if some:
+            reach("work")
+        self._open = [o for o in self._open if o.ticket not in came]
+        time = max(self._real.now(), self.time + TICK)  # another instant than the one before
+        works = list(self.executor.collect([o.job for o in some], [o.ticket for o in some]))
+        for o, work in zip(some, works, strict=True):
+            self._real.came(o.job, o.at, time, None if work is None else work.seconds)
+            self._take(o, work)
+        return True
 
     def _land(self) -> list[Event]:
         """Let every flight that is due arrive, go on with its next phase, or be lost."""
@@ -174,9 +204,13 @@ class Loop:
 
     def _cancel(self, jobs: Sequence[int]) -> None:
         """Stop jobs in flight; what they did until now is spent."""
-        if any(o.job.id in jobs for o in self._open):
+        if self._real is None and any(o.job.id in jobs for o in self._open):
             self._collect()
-        for job in jobs:
+        for o in [o for o in self._open if o.job.id in jobs]:  # out in real time: nobody listens any more
+            self._open.remove(o)
+            self.executor.settle((), [o.job])
+            self._lap(Reply(o.job, None, 0, 0, 0, 0, 0.0, math.nan, since=o.at), "cancelled", self.time)
+        for job in [job for job in jobs if job in self.flights]:
             flight = self.flights.pop(job)
             leg = flight.leg._replace(lost=self.time - flight.at)
             self._spend(flight.cost.until(leg), flight.job.client)
@@ -236,10 +270,16 @@ class Loop:
             ticket = self.executor.submit(job, message, resumes=resumes is not None)
         self._spend(Totals(bytes_down=down), job.client)
         least = self.method.least_samples(phase, self.federation.size(job.client), job.steps)
-        bound = self.setup.clock.trip(job, self.time, down=down, up=0, samples=least, steps=0).seconds
+        bound = 0.0
+        if self._real is None:
+            bound = self.setup.clock.trip(job, self.time, down=down, up=0, samples=least, steps=0).seconds
         self.order += 1
-        earlier = None if resumes is None else resumes.reply
-        self._open.append(_Open(job, rest, self.time, down, self.rings, earlier, ticket, self.order, self.time + bound))
+        self._open.append(
+            _Open(
+                job, rest, self.time, down, self.rings, None if resumes is None else resumes.reply, ticket, self.order,
+                self.time + bound, message,
+            )
+        )  # fmt: skip
 
     def _collect(self) -> None:
         """Compute everything that was dispatched, together, and let it arrive at its time."""
@@ -249,22 +289,27 @@ class Loop:
         reach("work")
         works = self.executor.collect([o.job for o in opened], [o.ticket for o in opened])
         for o, work in zip(opened, works, strict=True):
-            job, up, samples, steps, before = o.job, size_of(work.update), work.samples, work.steps, work.before
-            leg = self.setup.clock.trip(job, o.at, down=o.down, up=up, samples=samples, steps=steps, flops=work.flops)
-            if o.at + leg.seconds < o.bound:
-                raise ConsilienceError(
-                    f"{self.method.name}: client {job.client} computed {samples} samples, fewer than least_samples says"
-                )
-            cost, since, trip, rings = Totals(up, 0, samples, steps, work.flops), o.at, leg, o.rings
-            if o.earlier is not None:
-                since, rings, before = o.earlier.since, o.earlier.rings, o.earlier.before
-                samples, steps, trip = samples + o.earlier.trained, steps + o.earlier.steps, o.earlier.trip + leg
-            arrives = o.at + leg.seconds
-            reply = Reply(
-                job, work.update if leg.lost is None else None, self.federation.size(job.client), samples, steps, 0,
-                arrives - since, work.loss, before, work.after, since, trip, rings,
-            )  # fmt: skip
-            self.flights[job.id] = Flight(job, o.rest, o.at, arrives, o.order, reply, cost, leg)
+            self._take(o, work)
+
+    def _take(self, o: _Open, work: Work | None) -> None:
+        """Let what a job did arrive at its time. work: None if its client does not answer."""
+        work = work or NOTHING
+        job, up, samples, steps, before = o.job, size_of(work.update), work.samples, work.steps, work.before
+        leg = self.setup.clock.trip(job, o.at, down=o.down, up=up, samples=samples, steps=steps, flops=work.flops)
+        if o.at + leg.seconds < o.bound:
+            raise ConsilienceError(
+                f"{self.method.name}: client {job.client} computed {samples} samples, fewer than least_samples says"
+            )
+        cost, since, trip, rings = Totals(up, 0, samples, steps, work.flops), o.at, leg, o.rings
+        if o.earlier is not None:
+            since, rings, before = o.earlier.since, o.earlier.rings, o.earlier.before
+            samples, steps, trip = samples + o.earlier.trained, steps + o.earlier.steps, o.earlier.trip + leg
+        arrives = o.at + leg.seconds
+        reply = Reply(
+            job, work.update if leg.lost is None else None, self.federation.size(job.client), samples, steps, 0,
+            arrives - since, work.loss, before, work.after, since, trip, rings,
+        )  # fmt: skip
+        self.flights[job.id] = Flight(job, o.rest, o.at, arrives, o.order, reply, cost, leg)
 
     def _admit(self, group: Sequence[Reply]) -> None:
         """Combine a group of replies into one server update, and finish the round if that was its last chain."""
@@ -353,6 +398,10 @@ class Loop:
                 weights[job.client] += missing  # absent neighbours' weight stays at home
             inboxes.append(Inbox({n: sent[n] for n in weights}, weights))
         self.executor.mix(jobs, inboxes)
+        if self._real is not None:
+            time = max(self._real.now(), self.time + TICK)
+            for job in jobs:
+                self._real.came(job, self.time, time, 0.0)
         for job, inbox in zip(jobs, inboxes, strict=True):
             got = sum(sizes[n] for n in inbox.messages if n != job.client)
             given = sizes[job.client] * (len(inbox.messages) - 1)
@@ -439,7 +488,8 @@ class Loop:
             self._laps = []
 
     def _save(self) -> None:
-        self._collect()
+        if self._real is None:
+            self._collect()
         self._flush()
         self.due = False
         self.setup.recorder.checkpoint(self.snapshot())
@@ -455,6 +505,7 @@ class Loop:
             tuple(self.timers),
             self.rings, tuple(self.news), self.watch,
             self.executor.states(), dict(self.executor.pending()),
+            tuple(Sent(o.job, o.rest, o.at, o.down, o.rings, o.earlier, o.order, o.message) for o in self._open),
         )  # fmt: skip
 
     def _restore(self, s: Snapshot) -> None:
@@ -466,6 +517,9 @@ class Loop:
         self.flights = {flight.job.id: flight for flight in s.flights}
         self.rings, self.news, self.watch = s.rings, list(s.news), s.watch
         self.executor.restore(s.states, s.pending)
+        for o in s.out:
+            ticket = self.executor.submit(o.job, o.message, resumes=o.job.id in s.pending)
+            self._open.append(_Open(*o[:6], ticket, o.order, o.at, o.message))
 
     # --- small helpers -----------------------------------------------------------------------------------------
 

@@ -52,10 +52,25 @@ class Flight(NamedTuple):
 
 
 @record
+class Sent(NamedTuple):
+    """A job that is out in real time, and what it was sent; the rest as in a :class:`Flight`. down: encoded bytes.
+    rings: timers of the schedule that had rung. earlier: reply of an earlier phase."""
+
+    job: Job
+    phases: tuple[int, ...]
+    at: float
+    down: int
+    rings: int
+    earlier: Reply | None
+    order: int
+    message: Tree
+
+
+@record
 class Snapshot(NamedTuple):
-    """Everything that a run needs to go on, bit for bit. Nothing is in computation when it is taken. spent: by
-    client. states: see
-    ``Executor.states``: those on file are read when asked for, and are the run's newest."""
+    """Everything that a run needs to go on, bit for bit. Nothing is in computation when it is taken, but in real time
+    jobs may be ``out``. spent: by client. states: see ``Executor.states``: those on file are read when asked for, and
+    are the run's newest."""
 
     version: int
     time: float
@@ -79,3 +94,4 @@ class Snapshot(NamedTuple):
     watch: bool
     states: Mapping[int, Tree]
     pending: dict[int, Tree]
+    out: tuple[Sent, ...] = ()

@@ -33,7 +33,9 @@ class Training:
     batch_size: Annotated[int, Ge(1)] = option(32, "rows in one local step")
     local_epochs: Annotated[int, Ge(1)] = option(1, "passes over the local data in a round")
     local_steps: Annotated[int, Ge(1)] | None = option(None, "local steps in a round, instead of epochs")
-    optimizer: str = option("sgd", "local optimiser: of torch.optim or pytorch-optimizer")
+    optimizer: str = option(
+        "sgd", "local optimiser: of torch.optim or pytorch-optimizer, or adamomentum; grokfast+NAME filters gradients"
+    )
     momentum: Annotated[float, Ge(0), Le(1)] = option(0.0, "local momentum; starts anew each round")
     weight_decay: Annotated[float, Ge(0)] = option(0.0, "L2 term of the local objective")
     clip: Annotated[float, Gt(0)] | None = option(None, "largest norm of a gradient of the loss (weight decay apart)")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -175,13 +175,20 @@ def digest(*trees: Tree) -> str:
     return h.hexdigest()
 
 
+@record
+class Elsewhere(NamedTuple):
+    """In the place of a tree that is kept where it was made. key: names it there. sha256: its :func:`digest`."""
+
+    key: str
+    sha256: str
+
+
 def digest_of(children: Mapping[Any, Tree]) -> str:
-    """The digest of a dict with these children, which are looked at one at a time; keys count as their text."""
+    """The digest of these children by key, which are looked at one at a time. Only their own digests count, so that
+    it can be made without those that are elsewhere."""
     h = hashlib.sha256()
-    h.update(f"{{{len(children)}|".encode())
     for key, child in children.items():
-        h.update(f"{str(key)!r}|".encode())
-        _hash(h, child)
+        h.update(f"{key}|{child.sha256 if isinstance(child, Elsewhere) else digest(child)}|".encode())
     return h.hexdigest()
 
 

@@ -215,10 +215,15 @@ class Worker:
 
     def deployed(self, server: Tree, client: int, state: Tree) -> Predictor | None:
         """What a client would deploy, from the server's and its own state."""
+        model = self.place.model_of(client)
+        info = ClientInfo(client, self.federation.size(client), model, self.place.architectures)
+        return self.personal(self.method.deploy(server, info), client, state)
+
+    def personal(self, message: Tree, client: int, state: Tree) -> Predictor | None:
+        """What a client would deploy, from the message that it would get and its own state."""
         first = next(i for i, phase in enumerate(self.program) if phase.when not in ("start", "end"))
         site, _ = self.site(Job(-1, client, 0, 0, 0, first))
-        info = ClientInfo(client, self.federation.size(client), site.model, self.place.architectures)
-        message, own = self._open(site, self.method.deploy(server, info), state)
+        message, own = self._open(site, message, state)
         return self.method.personal_model(site, message, own)
 
     def do_chunk(self, predictor: Predictor, start: int, stop: int) -> Chunk:

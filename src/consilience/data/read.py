@@ -39,7 +39,7 @@ def read_file(
     path = Path(path)
     if path.suffix.lower() == ".npz":
         return _read_npz(path, target, task, tuple(sensitive))
-    return _from_frame(read_frame(path), str(path), path.name, target, task, tuple(sensitive))
+    return from_frame(read_frame(path), str(path), path.name, target, task, tuple(sensitive))
 
 
 def read_client_files(
@@ -76,7 +76,7 @@ def read_client_files(
         import pandas as pd
 
         joined = pd.concat(frames, ignore_index=True)
-        raw = _from_frame(joined, name, name, target, task, tuple(sensitive))
+        raw = from_frame(joined, name, name, target, task, tuple(sensitive))
         sizes = np.repeat(np.arange(len(files)), [len(frame) for frame in frames])
     columns = {**raw.columns, OWNER: sizes}
     return replace(raw, columns=columns, natural=OWNER, client_names=tuple(file.stem for file in files))
@@ -125,9 +125,16 @@ def _same_columns(files: Sequence[Path], frames: Sequence[pd.DataFrame]) -> None
                 raise DataError(f"file {file}: column '{column}' holds {kinds[0]}, in {files[0]} it holds {kinds[1]}")
 
 
-def _from_frame(
-    frame: pd.DataFrame, where: str, name: str, target: str | None, task: TaskKind | None, sensitive: tuple[str, ...]
+def from_frame(
+    frame: pd.DataFrame,
+    where: str,
+    name: str,
+    target: str | None,
+    task: TaskKind | None,
+    sensitive: tuple[str, ...],
+    least: int = 2,
 ) -> RawData:
+    """The data in a frame. least: different labels that there must be."""
     import pandas as pd
 
     if target is None:
@@ -141,7 +148,9 @@ def _from_frame(
     if len(frame.columns) < 2:
         raise DataError(f"{where}: no column besides the target '{target}'")
     number = pd.api.types.is_numeric_dtype(series) and not pd.api.types.is_bool_dtype(series)
-    y, made = encode_target(series.to_numpy() if number else series.astype(str).to_numpy(dtype=object), where, task)
+    y, made = encode_target(
+        series.to_numpy() if number else series.astype(str).to_numpy(dtype=object), where, task, least
+    )
     return RawData(
         name,
         table_from_frame(frame.drop(columns=[target]), where),
@@ -168,8 +177,9 @@ def labels(values: NDArray[Any], classes: Sequence[str]) -> NDArray[np.int64]:
     )
 
 
-def encode_target(values: NDArray[Any], where: str, task: TaskKind | None) -> tuple[NDArray[Any], Task]:
-    """Labels or targets, and their task; see :func:`read_file` for the default ``task``."""
+def encode_target(values: NDArray[Any], where: str, task: TaskKind | None, least: int = 2) -> tuple[NDArray[Any], Task]:
+    """Labels or targets, and their task; see :func:`read_file` for the default ``task``. least: different labels that
+    there must be."""
     if task not in (None, "classification", "regression"):
         raise ConfigError(f"task '{task}' should be classification or regression")
     words = values.dtype.kind not in "fiub"
@@ -187,7 +197,7 @@ def encode_target(values: NDArray[Any], where: str, task: TaskKind | None) -> tu
             raise DataError(f"{where}: label {values[row[0]]} at row {row[0]} should be a whole number or a word")
         values = values.astype(np.int64)
     known, codes = np.unique(values.astype(str) if words else values, return_inverse=True)
-    if len(known) < 2:
+    if len(known) < least:
         raise DataError(f"{where}: every label is {known[0]}; a classification needs at least two classes")
     return codes.astype(np.int64), Task("classification", len(known), tuple(str(word) for word in known.tolist()))
 

@@ -53,8 +53,9 @@ class FedTGP(FedProto):
         server: margin = min( max_c min_{c' != c} ||Q_c - Q_c'||, tau ),   Q_c = mean_k p_k,c
                 T = network(0 .. C-1), trained by SGD on  CE( -(d + margin onehot(c)), c ),  d_j = ||p_k,c - T_j||
 
-    All classes get a prototype, those that nobody has as well. A lone class has no gap, so that its margin is tau. A
-    client deploys the nearest prototype. With lam = 0 the models are those of ``local``, bit for bit.
+    Q_c counts clients once (prototypes "uniform") or by their rows ("rows"); only the margin depends on it. All classes
+    get a prototype, those that nobody has as well. A lone class has no gap, so that its margin is tau. A client
+    deploys the nearest prototype. With lam = 0 the models are those of ``local``, bit for bit.
 
     Source: Zhang, Liu, Hua, Cao, "FedTGP: Trainable Global Prototypes with Adaptive-Margin-Enhanced Contrastive
     Learning for Data and Model Heterogeneity in Federated Learning", AAAI 2024, algorithm 1. Deviation: a small
@@ -115,5 +116,5 @@ class FedTGP(FedProto):
 
     def margin(self, found: Sequence[Prototypes], classes: int) -> float:
         """The largest of the distances from a class's mean to the next class's, at most tau."""
-        centres = proto.average(found, classes, by_rows=False).means
+        centres = proto.average(found, classes, by_rows=self.prototypes == "rows").means
         return min(float(proto.gaps(centres).max()), self.tau)
