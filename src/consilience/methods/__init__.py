@@ -50,6 +50,8 @@ _WHERE = {
     "heterofl": ("heterofl", "HeteroFL"),
     "fedrolex": ("fedrolex", "FedRolex"),
     "feddropout": ("feddropout", "FedDropout"),
+    "flexifed": ("flexifed", "FlexiFed"),
+    "fedadp": ("fedadp", "FedADP"),
     "fml": ("fml", "FML"),
     "fedkd": ("fedkd", "FedKD"),
     "fedgen": ("fedgen", "FedGen"),

@@ -11,10 +11,10 @@ from torch import nn
 
 from consilience.core.errors import ConfigError, nearest
 from consilience.core.model import Architecture, Factory, SplitModel, check_factory
-from consilience.models import small
+from consilience.models import small, vgg
 
-NAMES = ("logistic", "mlp", "lenet", "cnn", "resnet8", "resnet8:batchnorm")
-_FAMILY = {"resnet8": "resnet"}
+NAMES = ("logistic", "mlp", "lenet", "cnn", "resnet8", "resnet8:batchnorm", "vgg5", "vgg8", "vgg11")
+_FAMILY = {"resnet8": "resnet", "vgg5": "vgg", "vgg8": "vgg", "vgg11": "vgg"}
 """Families of models whose parts have common names."""
 
 
@@ -32,6 +32,9 @@ def factory(name: str) -> Factory:
         "lenet": small.LeNet,
         "cnn": small.CNN,
         "resnet8": small.ResNet8,
+        "vgg5": vgg.VGG,
+        "vgg8": functools.partial(vgg.VGG, convolutions=2),
+        "vgg11": functools.partial(vgg.VGG, convolutions=3),
     }
     if name not in plain:
         hint = "; widths look like mlp:200x100" if kind == "mlp" else nearest(name, NAMES)
