@@ -169,20 +169,27 @@ def test_fedadp_with_one_architecture_is_fedavg(weights: Any) -> None:
     assert tr.digest(found.server.model) == tr.digest(wanted.server.model)
 
 
-def test_fedadp_is_its_equations() -> None:
-    result = run(FedADP(), **MIXED, rounds=1, participation=1.0, eval_clients_every=1)
-    names = ("mlp:8", "mlp:12x10")
-    small, big = (architecture(name, (1, 8, 8), 10) for name in names)
-    change = Change(small, big, result.server.seed)
-    start = run(FedADP(lr=1e-30), **MIXED, rounds=1, participation=1.0).server.model
-    torch.testing.assert_close(  # nobody moves: an expanded model that was shrunk before is not the model, but computes as much
-        scores(small, change.down(start), torch.ones(1, 1, 8, 8)),
-        scores(big, change.up(change.down(start)), torch.ones(1, 1, 8, 8)),
-    )
-    sizes = {encoded_size(Weights(a.spec.params, {})) for a in (small, big)}
-    assert len(sizes) == 2
-    assert result.history[-1]["bytes_up"] < 5 * (max(sizes) + 200)
-    assert {row["model"] for row in result.clients} == set(names)
+@pytest.mark.parametrize("clients", [1, 3])
+def test_fedadp_is_its_equations(clients: int) -> None:
+    """What clients of a smaller architecture train is FedAvg's model of that architecture, expanded."""
+    options = {"rounds": 1, "participation": clients}
+    found = run(FedADP(), model="mlp:12x10", models="mlp:8", **options).server
+    small, big = (architecture(name, (1, 8, 8), 10) for name in ("mlp:8", "mlp:12x10"))
+    change = Change(small, big, found.seed)
+    trained = run(FedAvg(), model="mlp:8", init=change.down(big.initial(0)), **options).server.model
+    wanted = change.up(trained)
+    if clients == 1:
+        assert tr.digest(found.model) == tr.digest(wanted)
+    for n, p in wanted.params.items():
+        torch.testing.assert_close(found.model.params[n], p, rtol=1e-5, atol=1e-7)
+
+
+def test_fedadp_sends_models_of_the_clients_sizes() -> None:
+    result = run(FedADP(), model="mlp:12x10", models="mlp:8", rounds=1, participation=2)
+    own = encoded_size(architecture("mlp:8", (1, 8, 8), 10).spec)
+    whole = encoded_size(architecture("mlp:12x10", (1, 8, 8), 10).spec)
+    for direction in ("bytes_up", "bytes_down"):
+        assert 2 * own <= result.history[-1][direction] < 2 * whole
 
 
 def test_fedadp_learns_with_mixed_models() -> None:
@@ -191,7 +198,7 @@ def test_fedadp_learns_with_mixed_models() -> None:
 
 
 def test_fedadp_refuses_a_server_that_is_smaller() -> None:
-    with pytest.raises(ConfigError, match="no counterpart|fewer"):
+    with pytest.raises(ConfigError, match="no counterpart"):
         run(FedADP(), model="mlp:8", models="mlp:8*0.5,mlp:12x10*0.5")
     with pytest.raises(NeedsError):
         run(FedADP(), model="mlp:8", models="mlp:8*0.5,lenet*0.5")
@@ -254,7 +261,7 @@ def test_flexifed_is_its_equations() -> None:
     """One round of all clients: each layer is the mean of those who have it in common, in float64."""
     options = {"model": "mlp:8x6", "models": "mlp:8x6*0.4,mlp:8x5*0.6", "rounds": 1, "participation": 1.0}
     basic = run(FlexiFed(strategy="basic"), **options)
-    own = {k: state for k, state in basic.states.items()}
+    own = basic.states
     names = ["features.1.weight", "features.1.bias"]
     assert {tuple(m.params) for n, m in basic.server.models.items()} == {tuple(names)}
     for n in names:

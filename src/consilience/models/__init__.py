@@ -14,7 +14,7 @@ from consilience.core.model import Architecture, Factory, SplitModel, check_fact
 from consilience.models import small, vgg
 
 NAMES = ("logistic", "mlp", "lenet", "cnn", "resnet8", "resnet8:batchnorm", "vgg5", "vgg8", "vgg11")
-_FAMILY = {"resnet8": "resnet", "vgg5": "vgg", "vgg8": "vgg", "vgg11": "vgg"}
+_FAMILY = {"mlp": "mlp", "resnet8": "resnet", "vgg5": "vgg", "vgg8": "vgg", "vgg11": "vgg"}
 """Families of models whose parts have common names."""
 
 

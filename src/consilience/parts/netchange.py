@@ -60,7 +60,7 @@ class Change:
         return found
 
     def up(self, weights: Weights) -> Weights:
-        """To-Wider and To-Deeper: the same function as a bigger model. Where clients keep their buffers, there are none."""
+        """To-Wider and To-Deeper: the same function as a bigger model. Where clients keep buffers, none are made."""
         if self.same:
             return weights
         params = {name: self._wider(weights.params, name, p) for name, p in self.big.spec.params.items()}
