@@ -95,6 +95,7 @@ class Config(BaseModel):
     concurrency: int | None = Field(None, ge=1, description="jobs in flight of an asynchronous schedule (the cohort)")
     over_selection: float = Field(1.0, ge=1, description="times the cohort that a deadline's rounds ask")
     late: Literal["discard", "partial"] = Field("discard", description="at a deadline: drop late work, or cut it short")
+    replay: str | None = Field(None, description="a deployment's arrivals.jsonl, to combine what came when it came")
     topology: str = Field("complete", description="who exchanges with whom, for methods without a server")
     mixing: Literal["metropolis", "uniform"] = Field("metropolis", description="weights of neighbours")
     init: str | None = Field(None, description="a safetensors file to start from")
@@ -204,7 +205,9 @@ def _rooted(config: Config) -> Config:
     """The configuration with absolute paths, so that what a run wrote down holds in any folder."""
     from consilience.data.spec import NAMES, is_file
 
-    found = {"init": config.init and str(Path(config.init).absolute())}
+    found = {
+        key: value and str(Path(value).absolute()) for key, value in (("init", config.init), ("replay", config.replay))
+    }
     name, _, rest = config.data.partition(":")
     if name not in NAMES and Path(config.data).exists():
         found["data"] = str(Path(config.data).absolute())

@@ -116,7 +116,12 @@ def _timing(config: Config) -> dict[str, Any]:
     keys = (
         "fleet", "fleet_correlation", "availability", "drops", "schedule", "concurrency", "over_selection", "late",
     )  # fmt: skip
-    return {key: getattr(config, key) for key in keys}
+    clock = None
+    if config.replay is not None:
+        from consilience.fleet.real import Replay
+
+        clock = Replay(config.replay)
+    return {**{key: getattr(config, key) for key in keys}, "clock": clock}
 
 
 def _devices(config: Config) -> dict[str, Any]:

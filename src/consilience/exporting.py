@@ -14,6 +14,7 @@ from torch import Tensor
 
 from consilience import experiment
 from consilience.core import checkpoint
+from consilience.core.encode import encode
 from consilience.core.errors import CheckpointError, ConfigError, DataError
 from consilience.core.federation import Federation
 from consilience.core.model import Architecture, Weights
@@ -197,24 +198,29 @@ def export(folder: Path, out: Path, client: int | None = None) -> list[Path]:
 
 
 def write_model(predictor: Predictor, out: Path, place: Place, about: Mapping[str, Any]) -> list[Path]:
-    """Write a network's weights and config.json, with what ``about`` says of where it comes from; no paths if it is
-    not one network."""
+    """Write a network's weights as model.safetensors, or another predictor as the tree that it is
+    (predictor.safetensors, for ``consilience.core.encode.decode``), and config.json, with what ``about`` says of where
+    it comes from; returns both paths."""
     from safetensors.torch import save
 
-    if not isinstance(predictor, Net):
-        return []
-    tensors = {k: v.contiguous() for k, v in {**predictor.weights.params, **predictor.weights.buffers}.items()}
+    file, data, model = "predictor.safetensors", b"", place.server_model
+    if isinstance(predictor, Net):
+        tensors = {k: v.contiguous() for k, v in {**predictor.weights.params, **predictor.weights.buffers}.items()}
+        file, data, model = "model.safetensors", save(tensors), predictor.model or model
+    else:
+        data = bytes(encode(predictor))
     about = {
-        "model": predictor.model or place.server_model,
+        "model": model,
+        "file": file,
         "outputs": place.task.outputs,
         "task": place.task.kind,
         "classes": list(place.task.classes),
         **about,
     }
     out.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_atomically(out / "model.safetensors", save(tensors))
+    checkpoint.write_atomically(out / file, data)
     checkpoint.write_atomically(out / "config.json", json.dumps(about, indent=1))
-    return [out / "model.safetensors", out / "config.json"]
+    return [out / file, out / "config.json"]
 
 
 def read_weights(path: Path, architecture: Architecture) -> Weights:

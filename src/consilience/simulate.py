@@ -183,7 +183,7 @@ def run(
         mixing,
         executor == "stacked",
     )
-    devices = fleet if clock is None else type(clock).__qualname__
+    devices = fleet if clock is None else getattr(clock, "name", type(clock).__qualname__)
     combines = rule if schedule is None or isinstance(schedule, str) else type(rule).__qualname__
     identity = repr((*named, devices, availability, drops, fleet_correlation, combines))
     budget = None if client_state_memory is None else parse_bytes(client_state_memory)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,7 @@ def deployed(tmp_path: Path) -> Make:
         settings = {**usual, **options}
         (run,) = experiment.specs(settle(settings), [method])
         federation = experiment.make_federation(run.config)
+        run = replace(run, config=run.config.model_copy(update={"sensitive": list(federation.task.sensitive)}))
         app = tmp_path / "app"
         sites = [tmp_path / f"site{i}" for i in range(federation.n_clients)]
         named = layout.deal(federation, sites, tmp_path / "given")
@@ -107,3 +109,20 @@ def deployed(tmp_path: Path) -> Make:
         return Deployed(tmp_path, app, sites, settings, method)
 
     return make
+
+
+@dataclass
+class Slow(Direct):
+    """Delivers answers after a while, as ``delays`` say in turn, in seconds."""
+
+    delays: Any = field(default_factory=lambda: itertools.cycle((0.05, 0.21, 0.12, 0.3, 0.02)))
+    ready: dict[str, float] = field(default_factory=dict)
+
+    def push(self, node: int, message: Sealed, seconds: float, group: str) -> str | None:
+        found = super().push(node, message, seconds, group)
+        if found is not None:
+            self.ready[found] = time.monotonic() + next(self.delays)
+        return found
+
+    def pull(self, ids: Iterable[str]) -> list[tuple[str, Sealed | Trouble]]:
+        return super().pull([found for found in ids if self.ready[found] <= time.monotonic()])

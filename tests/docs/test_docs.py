@@ -69,6 +69,48 @@ def test_the_tutorial_can_be_followed(tmp_path: Path) -> None:
         assert (tmp_path / file).is_file()
 
 
+@pytest.mark.slow
+def test_the_deployment_can_be_followed(tmp_path: Path) -> None:
+    """The hospitals' walk: files, Python and commands in their order; the sites run beside the server."""
+    pytest.importorskip("flwr")
+    less = {"--rounds 20": "--rounds 2", "--seeds 3": "--seeds 2", "18000": str(free_port())}
+    text = (ROOT / "docs" / "deploy.md").read_text("utf-8").partition("## Try it in one command")[0]
+    sites: list[subprocess.Popen[bytes]] = []
+    run = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(ROOT / "src")}}
+    try:
+        for match in BLOCK.finditer(text):
+            if match[2]:
+                (tmp_path / match[2]).write_text(match[3], "utf-8")
+            steps = [[sys.executable, "-c", match[3]]] if match[1] == "python" else []
+            for line in match[3].splitlines() if match[1] == "console" else []:
+                if line.startswith("$ "):
+                    for many, few in less.items():
+                        line = line.replace(many, few)
+                    steps.append([sys.executable, "-m", "consilience.cli", *shlex.split(line[2:])[1:]])
+            for step in steps:
+                if "join" in step:
+                    sites.append(subprocess.Popen(step, **run))  # type: ignore[call-overload]
+                    continue
+                ran = subprocess.run(step, text=True, capture_output=True, check=False, **run)  # type: ignore[call-overload]
+                assert ran.returncode == 0, (step, ran.stdout, ran.stderr)
+    finally:
+        for site in sites:
+            site.terminate()
+        assert [site.wait(60) for site in sites] == [0, 0, 0]
+    assert len(sites) == 3
+    assert (tmp_path / "ward/server/run/report.html").is_file()
+    history = (tmp_path / "ward/server/run/history.jsonl").read_text().splitlines()
+    assert json.loads(history[-1])["global"]["accuracy"] > 0.6
+    for name in ("private", "public", "self"):
+        assert list((tmp_path / "hospitals" / name / "runs").glob("*/export/model.safetensors"))
+
+
+def free_port() -> int:
+    from consilience.deploy.processes import free_port
+
+    return free_port()
+
+
 def test_design_shows_the_real_interface() -> None:
     (_, text), *_ = blocks(ROOT / "docs" / "design.md", "python")
     (shown,) = ast.parse(text).body

@@ -131,7 +131,7 @@ class Judge:
             )
         done = iter(self.executor.finish([ticket for _, ticket in line.judged if ticket is not None]))
         nothing = Score(0, 0.0, None), None, None
-        found = [nothing if ticket is None else next(done) for _, ticket in line.judged]
+        found = [nothing if ticket is None else next(done) or nothing for _, ticket in line.judged]
         rows = [
             self._row(record["round"], job.client, *pair) for (job, _), pair in zip(line.judged, found, strict=True)
         ]

@@ -147,6 +147,8 @@ class Loop:
         left = min(left, PATIENCE) if self.watch else left  # somebody may come online meanwhile
         came = set(self.executor.wait([o.ticket for o in self._open], left))
         some = [o for o in self._open if o.ticket in came]
+        if some:
+            reach("work")
         self._open = [o for o in self._open if o.ticket not in came]
         time = max(self._real.now(), self.time + TICK)  # another instant than the one before
         works = list(self.executor.collect([o.job for o in some], [o.ticket for o in some]))
@@ -396,6 +398,10 @@ class Loop:
                 weights[job.client] += missing  # absent neighbours' weight stays at home
             inboxes.append(Inbox({n: sent[n] for n in weights}, weights))
         self.executor.mix(jobs, inboxes)
+        if self._real is not None:
+            time = max(self._real.now(), self.time + TICK)
+            for job in jobs:
+                self._real.came(job, self.time, time, 0.0)
         for job, inbox in zip(jobs, inboxes, strict=True):
             got = sum(sizes[n] for n in inbox.messages if n != job.client)
             given = sizes[job.client] * (len(inbox.messages) - 1)

@@ -126,8 +126,15 @@ def _same_columns(files: Sequence[Path], frames: Sequence[pd.DataFrame]) -> None
 
 
 def from_frame(
-    frame: pd.DataFrame, where: str, name: str, target: str | None, task: TaskKind | None, sensitive: tuple[str, ...]
+    frame: pd.DataFrame,
+    where: str,
+    name: str,
+    target: str | None,
+    task: TaskKind | None,
+    sensitive: tuple[str, ...],
+    least: int = 2,
 ) -> RawData:
+    """The data in a frame. least: different labels that there must be."""
     import pandas as pd
 
     if target is None:
@@ -141,7 +148,9 @@ def from_frame(
     if len(frame.columns) < 2:
         raise DataError(f"{where}: no column besides the target '{target}'")
     number = pd.api.types.is_numeric_dtype(series) and not pd.api.types.is_bool_dtype(series)
-    y, made = encode_target(series.to_numpy() if number else series.astype(str).to_numpy(dtype=object), where, task)
+    y, made = encode_target(
+        series.to_numpy() if number else series.astype(str).to_numpy(dtype=object), where, task, least
+    )
     return RawData(
         name,
         table_from_frame(frame.drop(columns=[target]), where),
@@ -168,8 +177,9 @@ def labels(values: NDArray[Any], classes: Sequence[str]) -> NDArray[np.int64]:
     )
 
 
-def encode_target(values: NDArray[Any], where: str, task: TaskKind | None) -> tuple[NDArray[Any], Task]:
-    """Labels or targets, and their task; see :func:`read_file` for the default ``task``."""
+def encode_target(values: NDArray[Any], where: str, task: TaskKind | None, least: int = 2) -> tuple[NDArray[Any], Task]:
+    """Labels or targets, and their task; see :func:`read_file` for the default ``task``. least: different labels that
+    there must be."""
     if task not in (None, "classification", "regression"):
         raise ConfigError(f"task '{task}' should be classification or regression")
     words = values.dtype.kind not in "fiub"
@@ -187,7 +197,7 @@ def encode_target(values: NDArray[Any], where: str, task: TaskKind | None) -> tu
             raise DataError(f"{where}: label {values[row[0]]} at row {row[0]} should be a whole number or a word")
         values = values.astype(np.int64)
     known, codes = np.unique(values.astype(str) if words else values, return_inverse=True)
-    if len(known) < 2:
+    if len(known) < least:
         raise DataError(f"{where}: every label is {known[0]}; a classification needs at least two classes")
     return codes.astype(np.int64), Task("classification", len(known), tuple(str(word) for word in known.tolist()))
 

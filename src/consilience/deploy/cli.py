@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -111,7 +113,8 @@ def serve_command(app: App, host: Host = "127.0.0.1", port: Port = 8000) -> None
     from consilience.deploy.keys import need_flower
 
     need_flower()
-    with local.serving(app, host, port) as link, _progress(app) as (tell, on_line):
+    words = f"stopped; `consilience deploy serve {app}` goes on where it was"
+    with _stoppable(words), local.serving(app, host, port) as link, _progress(app) as (tell, on_line):
         tell(f"listens at {host}:{port}")
         local.follow(link, [], tell, on_line)
     _done(app)
@@ -125,7 +128,8 @@ def join_command(folder: SiteFolder) -> None:
 
     need_flower()
     err = _errors()
-    local.join(folder, lambda text: err.print(text, markup=False, highlight=False))
+    with _stoppable(""):
+        local.join(folder, lambda text: err.print(text, markup=False, highlight=False))
 
 
 @deploy.command("local")
@@ -150,7 +154,7 @@ def local_command(
     (run,) = experiment.specs(settings, [method])
     folder = out or experiment.default_folder(f"deploy-{run.method}")
     app, folders = local.lay_out(run, sites, folder, section)
-    with _progress(app) as (tell, on_line):
+    with _stoppable(f"stopped; {folder} holds what was done"), _progress(app) as (tell, on_line):
         local.run_all(app, folders, tell, on_line)
     _done(app)
 
@@ -171,6 +175,26 @@ def ledger_command(
         typer.echo(json.dumps(ledger.read(folder)))
     else:
         Console().print(ledger.show(folder))
+
+
+@contextmanager
+def _stoppable(words: str) -> Iterator[None]:
+    """Ctrl-C and a request to terminate end what is inside in good order; then fail with these words, if any."""
+    import signal
+
+    from consilience.core.errors import ConsilienceError
+
+    def stop(*signals: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if words:
+            raise ConsilienceError(words) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _done(app: Path) -> None:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from consilience.core.errors import ConfigError, ConsilienceError, DataError
 from consilience.core.federation import ClientData, Federation, Split, Task, TaskKind
 from consilience.core.streams import SERVER, philox
 from consilience.data.preprocess import Numbers, Statistics, Table, apply, client_statistics, merge
 from consilience.data.raw import RawData
-from consilience.data.read import from_frame, read_arrays, read_file
+from consilience.data.read import from_frame, read_arrays, read_frame
 
 PARTS = ("train", "valid", "test")
 
@@ -64,6 +66,33 @@ class Own:
             sensitive = torch.from_numpy(np.stack(codes, 1).astype(np.int64)) if codes else None
             parts.append(Split(_tensor(x), _tensor(y), sensitive))
         return ClientData(*parts)
+
+
+class Facts(BaseModel):
+    """What a site may tell before the beginning, as :meth:`Own.facts` makes it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    rows: list[Annotated[int, Field(ge=0)]] = Field(min_length=3, max_length=3)
+    kind: Literal["classification", "regression"]
+    outputs: int = Field(ge=1)
+    classes: list[str]
+    input_shape: list[Annotated[int, Field(ge=1)]] | None
+    statistics: list[tuple[str, list[float | int] | dict[str, int]]] | None
+    groups: dict[str, list[str]]
+
+
+def checked(facts: Any, name: str) -> dict[str, Any]:
+    """What a site has told, if it is of the right form. Raises DataError."""
+    try:
+        Facts.model_validate_json(json.dumps(facts))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise DataError(f"site {name} tells of its data what cannot be: {where}: {first['msg'].lower()}") from None
+    if not facts["rows"][0]:
+        raise DataError(f"site {name} has no rows to train on")
+    return dict(facts)
 
 
 def together(
@@ -122,9 +151,9 @@ def load(
     elif source.lower().endswith(".npz"):
         found = read_arrays(folder / source)
     else:
-        found = read_file(folder / source, target=target, task=task, sensitive=tuple(sensitive))
+        found = read_frame(folder / source)
     if hasattr(found, "columns") and hasattr(found, "iloc"):
-        found = from_frame(found, source, source, target, task, tuple(sensitive))
+        found = from_frame(found, source, source, target, task, tuple(sensitive), least=1)
     if isinstance(found, (tuple, list)) and len(found) == 2:
         found = {"x": found[0], "y": found[1]}
     if isinstance(found, Mapping):
@@ -190,7 +219,7 @@ def _labels(
         return Task("classification", len(names), names), {k: v.astype(np.int64) for k, v in there.items()}
     whole = np.concatenate(list(there.values()))
     words = whole.dtype.kind not in "fiub"
-    y, made = encode_target(whole.astype(str).astype(object) if words else whole, source, task)
+    y, made = encode_target(whole.astype(str).astype(object) if words else whole, source, task, least=1)
     ends = np.cumsum([len(v) for v in there.values()])[:-1]
     return made, dict(zip(there, np.split(y, ends), strict=True))
 

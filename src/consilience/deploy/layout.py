@@ -53,6 +53,7 @@ from consilience.deploy.apps import server_app
 
 app = server_app(Path(__file__).parent)
 '''
+SERVER_NOTE = "The server's own: keys, and the run. It is not part of the app and must not leave this machine.\n"
 POLICY = """\
 # What this site's owner allows; the site enforces it. Remove a # to set a rule.
 # data: [{data}]                  # sources that may be used
@@ -83,6 +84,7 @@ def init(deployment: Deployment, out: Path, hosts: Sequence[str] = ("localhost",
         found = replace(deployment, section=section.model_copy(update=update))
         make_certificates(server, tuple(hosts))
         about = {"name": found.section.id.lower(), "method": found.run.label, "n": len(found.names)}
+        write_atomically(server / "README.md", SERVER_NOTE)
         write_atomically(out / "pyproject.toml", PYPROJECT.format(**about))
         write_atomically(out / "client_app.py", CLIENT_APP)
         write_atomically(out / "server_app.py", SERVER_APP)

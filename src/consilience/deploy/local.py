@@ -28,6 +28,7 @@ def lay_out(run: RunSpec, sites: int, out: Path, section: dict[str, Any] | None 
     federation = make_federation(run.config)
     if federation.n_clients != sites:
         raise ConfigError(f"--sites {sites}: this partition makes {federation.n_clients} clients")
+    run = replace(run, config=run.config.model_copy(update={"sensitive": list(federation.task.sensitive)}))
     names = [f"site{i + 1}" for i in range(sites)]
     if federation.names:
         names = ["".join(c if c.isalnum() or c in "-_." else "-" for c in name) for name in federation.names]

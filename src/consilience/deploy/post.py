@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from consilience.core.errors import ConsilienceError
+from consilience.deploy import data
 from consilience.deploy.keys import read_private, read_public
 from consilience.deploy.seal import ANY, Sealed, SealError, open_sealed, seal
 from consilience.deploy.spec import PROTOCOL, Deployment
@@ -17,6 +18,10 @@ from consilience.folder import versions
 
 AGAIN = 2.0
 """Seconds before a message that was not delivered is sent again."""
+
+
+WORDS = 300
+"""Most characters of a site's reason that are shown."""
 
 
 class Trouble(NamedTuple):
@@ -87,6 +92,7 @@ class Post:
         self._next = 0
         self._nodes: set[int] = set()
         self._last: set[str] = set()
+        self._seen = self.now()
 
     # --- sending -----------------------------------------------------------------------------------------------
 
@@ -143,6 +149,11 @@ class Post:
         for name in sorted(there - self._last):
             self.tell(name, "is there")
         self._last = there
+        self._seen = self.now() if there or not self.where else self._seen
+        if self.now() - self._seen > self.deployment.section.join:
+            raise ConsilienceError(
+                f"no site has been there for {self.deployment.section.join:g} s; start the server again when they are"
+            )
         for found, reply in self.wire.pull(list(self._out)) if self._out else ():
             if found in self._out:  # a second reply to the same message is nobody's
                 ticket, letter = self._out.pop(found)
@@ -176,12 +187,14 @@ class Post:
             self._give_up(ticket, letter, f"its answer is {error}")
             return
         self._answers[ticket] = answer
+        word = "refuses" if "refused" in answer.head else "failed"
         why = answer.head.get("refused") or answer.head.get("failed")
         if why:
-            self._answers[ticket] = answer._replace(blobs=None)
-            self.tell(answer.head["from"], f"{'refuses' if 'refused' in answer.head else 'failed'}: {why}")
+            why = " ".join(str(why).split())[:WORDS]
+            self._answers[ticket] = Answer({**answer.head, "failed": why, "refused": None}, None)
+            self.tell(answer.head["from"], f"{word}: {why}")
         if not letter.name:
-            self._greeting(letter, answer)
+            self._greeting(letter, self._answers[ticket])
 
     def _opened(self, letter: _Letter, reply: Sealed) -> Answer:
         """A reply, if it is from its site and answers this very message. Raises SealError."""
@@ -237,12 +250,12 @@ class Post:
     def _greeting(self, letter: _Letter, answer: Answer) -> None:
         name = answer.head["from"]
         if answer.blobs is None:
-            raise ConsilienceError(f"site {name} refuses: {answer.head.get('refused') or answer.head.get('failed')}")
-        theirs, ours = answer.head["versions"], versions()
+            raise ConsilienceError(f"site {name} refuses: {answer.head['failed']}")
+        theirs, ours = dict(answer.head["versions"]), versions()
         for what in ("torch", "cpu_capability"):
             if theirs.get(what) != ours[what]:
                 self.tell(name, f"has {what} {theirs.get(what)}, the server {ours[what]}: the last bits may differ")
-        facts = answer.head["facts"]
+        facts = data.checked(answer.head["facts"], name)
         if name in self.facts and self.facts[name] != facts:
             raise ConsilienceError(f"site {name} has other data than when this deployment began")
         assert letter.node is not None

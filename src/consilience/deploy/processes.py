@@ -120,6 +120,23 @@ class Process:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        for pid in self._family():  # Flower starts some in sessions of their own
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        until = time.monotonic() + seconds
+        while self._family() and time.monotonic() < until:
+            time.sleep(0.05)
+
+    def _family(self) -> list[int]:
+        """Processes that this one has started, or their own, as the folder in their environment tells (on Linux)."""
+        mark = f"FLWR_HOME={self.home.resolve() / 'flwr'}\0".encode()
+        found = []
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            pid = int(path.parent.name)
+            with contextlib.suppress(OSError):
+                if mark in path.read_bytes() and pid != os.getpid() and running(pid):
+                    found.append(pid)
+        return found
 
 
 class Link:

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from consilience.config import read_yaml
 from consilience.core.checkpoint import write_atomically
 from consilience.core.encode import DecodeError, decode, encode
-from consilience.core.errors import CheckpointError, ConfigError, ConsilienceError, Refused
+from consilience.core.errors import CheckpointError, ConfigError, ConsilienceError, NeedsError
 from consilience.core.messages import Job, Work
 from consilience.core.tree import Elsewhere, Tree
 from consilience.core.worker import Call, Worker
@@ -86,7 +86,7 @@ class Home:
                 raise error if isinstance(error, SealError) else SealError(why) from None
             try:
                 told, blobs, left = self._done(head, message.blobs, run)
-            except (PolicyError, Refused, CheckpointError) as error:
+            except (PolicyError, NeedsError, CheckpointError) as error:
                 told, blobs, left = {"refused": str(error)}, [], {"refused": 0}
             except Exception as error:  # its text may tell of data, so it stays here
                 with (run / "errors.log").open("a") as file:
@@ -160,7 +160,8 @@ class Home:
         name = head["call"]
         if name not in WORKED:
             raise PolicyError(f"nothing is known of the call {name!r}")
-        if self.policy.rounds is not None and head["round"] > self.policy.rounds + 1:  # judging names the next round
+        last = self.policy.rounds
+        if last is not None and head["round"] > last + (name == "judge"):  # judging names the round to come
             raise PolicyError(f"the policy allows {self.policy.rounds} rounds, not {head['round']}")
         worker = self._worker(told, run)
         limit = self.about.max_bytes

@@ -84,6 +84,7 @@ class Deployment:
         own = {key: value for key, value in flat.items() if value != defaults.get(key)}
         whole = {
             "method": self.run.method,
+            "label": self.run.label,
             "options": dict(self.run.options),
             **own,
             "deploy": self.section.model_dump(exclude_none=True),
@@ -96,7 +97,7 @@ def read(path: Path, method: str | None = None) -> Deployment:
     ConfigError."""
     values = {str(key).replace("-", "_"): value for key, value in read_yaml(path).items()}
     section, named = values.pop("deploy", None), values.pop("method", None)
-    options = values.pop("options", None) or {}
+    options, label = values.pop("options", None) or {}, values.pop("label", None)
     if method is None and not isinstance(named, str):
         raise ConfigError(f"{path}: no method; write `method: NAME`, or name it on the command line")
     if not isinstance(section, Mapping):
@@ -105,7 +106,10 @@ def read(path: Path, method: str | None = None) -> Deployment:
     if method is not None:
         (run,) = specs(settings, [method])
     else:
-        (run,) = specs(settings, [":".join([str(named), ",".join(f"{k}={v}" for k, v in options.items())]).rstrip(":")])
+        (run,) = specs(settings, [str(named)])
+        if not isinstance(options, Mapping):
+            raise ConfigError(f"{path}: options is a mapping of the method's options to values")
+        run = RunSpec(str(label or named), run.method, {**run.options, **options}, run.config)
     return make(run, dict(section), str(path))
 
 
@@ -120,7 +124,7 @@ def make(run: RunSpec, section: Mapping[str, Any], where: str = "run.yaml") -> D
         raise ConfigError(f"{where}: deploy.{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from None
     config = run.config.model_copy(update={"checkpoint_every": 1, "clients": len(found.sites)})
     default = settle({}).config
-    for key in ("unseen", "drops", "fleet_correlation", "availability", "fleet"):
+    for key in ("unseen", "drops", "fleet_correlation", "availability", "fleet", "replay"):
         if getattr(config, key) != getattr(default, key):
             raise ConfigError(f"{where}: {key} is for simulations; real sites are as they are")
     if config.seeds != 1:

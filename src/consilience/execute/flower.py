@@ -74,7 +74,7 @@ class Flower(Executor):
             time.sleep(min(self._post.pause, max(0.0, until - time.monotonic())))
 
     def finish(self, tickets: Sequence[int]) -> list[Tree]:
-        """The results of these calls; None for a job whose site does not answer."""
+        """The results of these calls; None where a site does not answer."""
         return [self._result(ticket) for ticket in tickets]
 
     def _result(self, ticket: int) -> Tree:
@@ -88,9 +88,7 @@ class Flower(Executor):
                 return _read(call.name, answer, self._limit)
         except (DecodeError, ValueError, TypeError, IndexError) as error:
             self._post.tell(name, f"its answer is malformed: {error}")
-        if call.name == "judge":
-            return Score(0, 0.0, None), None
-        if call.name == "train":
+        if call.name in ("train", "judge"):
             return None
         raise ConsilienceError(f"site {name} is not there for an exchange among neighbours; start again with `resume`")
 
@@ -129,8 +127,8 @@ def _read(call: str, answer: Answer, limit: int) -> Tree:
             raise ValueError("no loss")
         return work._replace(update=update, before=_score(work.before), after=_score(work.after)), _kept(state)
     if call == "judge":
-        before, after = parts[0]
-        return _score(before) or Score(0, 0.0, None), _score(after)
+        before, after, valid = map(_score, parts[0])
+        return before or Score(0, 0.0, None), after, valid
     return _kept(parts[0]) if call == "mix" else parts[0]
 
 

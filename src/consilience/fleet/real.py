@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import hashlib
 import json
 import math
 import time
@@ -46,7 +47,7 @@ class Notes:
             return Trip(compute=math.inf)
         seconds = line["time"] - line["sent"]
         if line["compute"] is None:
-            return Trip(compute=math.inf, lost=seconds)
+            return Trip(wait=seconds + TICK, lost=seconds)  # nothing was done that could be counted
         work = min(seconds, _tick(line["compute"]))
         return Trip(download=seconds - work, compute=work)
 
@@ -76,6 +77,7 @@ class Replay(Instant):
 
     def __init__(self, path: str | Path) -> None:
         self._notes = read(Path(path))
+        self.name = f"replay of {hashlib.sha256(Path(path).read_bytes()).hexdigest()}"
 
     def trip(
         self, job: Job, start: float, *, down: int, up: int, samples: int, steps: int, flops: float | None = None
