@@ -194,14 +194,14 @@ def test_fedadp_sends_models_of_the_clients_sizes() -> None:
 
 def test_fedadp_learns_with_mixed_models() -> None:
     result = run(FedADP(lr=0.1), **MIXED, rounds=12, participation=1.0)
-    assert result.history[-1]["clients"]["mean"] > result.history[0]["clients"]["mean"]
+    assert result.history[-1]["global"]["accuracy"] > result.history[0]["global"]["accuracy"] + 0.1
 
 
 def test_fedadp_refuses_a_server_that_is_smaller() -> None:
     with pytest.raises(ConfigError, match="no counterpart"):
         run(FedADP(), model="mlp:8", models="mlp:8*0.5,mlp:12x10*0.5")
     with pytest.raises(NeedsError):
-        run(FedADP(), model="mlp:8", models="mlp:8*0.5,lenet*0.5")
+        run(FedADP(), model="mlp:8", models="mlp:8*0.5,cnn*0.5")
 
 
 # --- FlexiFed --------------------------------------------------------------------------------------------------
@@ -291,9 +291,11 @@ def test_a_server_model_that_no_client_has_is_left_out() -> None:
     assert list(result.server.models["mlp:8x5"].params) == ["features.1.weight", "features.1.bias"]
 
 
-@pytest.mark.parametrize("method", [FedADP(buffers="local"), FlexiFed(buffers="local")], ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "method", [FedADP(batch_size=64, buffers="local"), FlexiFed(batch_size=64, buffers="local")], ids=lambda m: m.name
+)
 def test_buffers_may_stay_at_home(method: Any) -> None:
     name = "resnet8:batchnorm"
-    result = run(method, model=name, models=f"{name}@1.0,0.5", rounds=2, batch_size=64)
+    result = run(method, model=name, models=f"{name}@1.0,0.5", rounds=2)
     assert not result.refused
     assert result.history[-1]["clients"]["mean"] >= 0
