@@ -17,7 +17,7 @@ from consilience.core.errors import ConfigError, NeedsError
 from consilience.core.model import Architecture, Weights
 from consilience.methods import FedADP, FedAvg, FlexiFed, Local
 from consilience.methods.flexifed import _grouped
-from consilience.models import architecture
+from consilience.models import architecture, small
 from consilience.models.axes import Nested
 from consilience.parts.netchange import Change
 
@@ -37,6 +37,16 @@ class Normed(Nested):
         super().__init__(nn.Sequential(*layers), nn.Linear(before, outputs), before)
 
 
+class Skipping(Nested):
+    """A stage of residual blocks."""
+
+    def __init__(self, input_shape: tuple[int, ...], outputs: int, norm: small.Norm, width: int, blocks: int) -> None:
+        stage = nn.Sequential(*(small._Block(width, width, 1, norm) for _ in range(blocks)))
+        first = (nn.Conv2d(input_shape[0], width, 3, 1, 1, bias=False), norm(width), nn.ReLU())
+        features = nn.Sequential(*first, stage, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        super().__init__(features, nn.Linear(width, outputs), width)
+
+
 class Bent(Nested):
     """Layers with tanh, which no layer in between passes on."""
 
@@ -52,6 +62,13 @@ def normed(*widths: int) -> Architecture:
         return Normed(input_shape, outputs, widths)
 
     return Architecture(f"normed{widths}", make, (7,), 3, torch.float64, family="normed")
+
+
+def skipping(norm: small.Norm, width: int, blocks: int) -> Architecture:
+    def make(input_shape: tuple[int, ...], outputs: int) -> nn.Module:
+        return Skipping(input_shape, outputs, norm, width, blocks)
+
+    return Architecture(f"skipping{width}x{blocks}", make, (2, 5, 5), 3, torch.float64, family="skipping")
 
 
 def bent(depth: int) -> Architecture:
@@ -99,21 +116,23 @@ PAIRS = [
     (architecture("resnet8:batchnorm@0.5", *IMAGE), architecture("resnet8:batchnorm", *IMAGE)),
     (normed(5), normed(8)),
     (normed(5), normed(6, 9)),
+    (skipping(nn.BatchNorm2d, 3, 1), skipping(nn.BatchNorm2d, 5, 3)),
+    (skipping(small.group_norm, 4, 1), skipping(small.group_norm, 4, 2)),
 ]
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: f"{pair[0].name}-{pair[1].name}")
 @pytest.mark.parametrize("seed", [0, 1])
 def test_expanding_changes_no_score_and_shrinking_undoes_it(pair: tuple[Architecture, Architecture], seed: int) -> None:
-    small, big = pair
-    change = Change(small, big, seed)
-    weights = random_weights(small, seed)
+    narrow, big = pair
+    change = Change(narrow, big, seed)
+    weights = random_weights(narrow, seed)
     up = change.up(weights)
     for part in ("params", "buffers"):
         found, spec = getattr(up, part), getattr(big.spec, part)
         assert [(n, t.shape, t.dtype) for n, t in found.items()] == [(n, t.shape, t.dtype) for n, t in spec.items()]
-    x = torch.randn(6, *small.input_shape, generator=torch.Generator().manual_seed(3))
-    wanted = scores(small, weights, x)
+    x = torch.randn(6, *narrow.input_shape, generator=torch.Generator().manual_seed(3))
+    wanted = scores(narrow, weights, x)
     torch.testing.assert_close(scores(big, up, x), wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
     down = change.down(up)
     for part in ("params", "buffers"):
@@ -123,9 +142,9 @@ def test_expanding_changes_no_score_and_shrinking_undoes_it(pair: tuple[Architec
 
 
 def test_depth_alone_comes_back_bit_for_bit() -> None:
-    small, big = architecture("vgg5", *IMAGE), architecture("vgg11", *IMAGE)
-    weights = small.initial(4)
-    change = Change(small, big, 0)
+    narrow, big = architecture("vgg5", *IMAGE), architecture("vgg11", *IMAGE)
+    weights = narrow.initial(4)
+    change = Change(narrow, big, 0)
     assert tr.digest(change.down(change.up(weights))) == tr.digest(weights)
     assert Change(big, big, 0).up(weights) is weights
 
@@ -134,8 +153,8 @@ def test_depth_alone_comes_back_bit_for_bit() -> None:
 @settings(deadline=None, max_examples=30)
 def test_narrowing_is_the_mean_of_copies_and_the_sum_of_what_takes_them(few: int, more: int, seed: int) -> None:
     """Against loops, of weights that are no copies any more."""
-    small, big = architecture(f"mlp:{few}", (3,), 2), architecture(f"mlp:{few + more}", (3,), 2)
-    change = Change(small, big, seed)
+    narrow, big = architecture(f"mlp:{few}", (3,), 2), architecture(f"mlp:{few + more}", (3,), 2)
+    change = Change(narrow, big, seed)
     w = random_weights(big, seed)
     of = change.copies["features.1"].tolist()
     assert of[:few] == list(range(few))
@@ -174,8 +193,8 @@ def test_fedadp_is_its_equations(clients: int) -> None:
     """What clients of a smaller architecture train is FedAvg's model of that architecture, expanded."""
     options = {"rounds": 1, "participation": clients}
     found = run(FedADP(), model="mlp:12x10", models="mlp:8", **options).server
-    small, big = (architecture(name, (1, 8, 8), 10) for name in ("mlp:8", "mlp:12x10"))
-    change = Change(small, big, found.seed)
+    narrow, big = (architecture(name, (1, 8, 8), 10) for name in ("mlp:8", "mlp:12x10"))
+    change = Change(narrow, big, found.seed)
     trained = run(FedAvg(), model="mlp:8", init=change.down(big.initial(0)), **options).server.model
     wanted = change.up(trained)
     if clients == 1:
@@ -223,6 +242,8 @@ def test_common_layers() -> None:
         (a, b, c): first, (a, b): second, (a,): head, (b,): third + head, (c,): second + head
     }  # fmt: skip
     assert groups("basic", "mlp:8", "mlp:9") == {}
+    apart = groups("max", "mlp:8x6", "mlp:9x6")  # heads alike, but not what is before them
+    assert set(apart) == {("mlp:8x6",), ("mlp:9x6",)}
     deep = groups("max", "vgg5", "vgg8")
     assert deep["vgg5", "vgg8"] == ["features.0.0.weight", "features.0.0.bias"]
 
