@@ -56,7 +56,10 @@ class Change:
                 found[dims[0]] = found[taken]
         for name, dims in self.small.axes.items():
             if [found.get(axis, axis) for axis in self.big.axes.get(name, ())] != list(dims):
-                raise ConfigError(f"'{name}' of model '{self.small.name}' has no counterpart in '{self.big.name}'")
+                raise ConfigError(
+                    f"'{name}' of model '{self.small.name}' has no counterpart in '{self.big.name}'; "
+                    "give a model as --model that has all layers of the others"
+                )
         return found
 
     def up(self, weights: Weights) -> Weights:
