@@ -84,6 +84,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "feddf": {"server_steps": 3},
     "fedgen": {"share": "head", "generator_steps": 3},
     "fedmd": {"warm_up": 1},
+    "flexifed": {"strategy": "basic"},
     "fedlex": {"explore_epochs": 2, "patience": 1},
     "fald": {"burn_in": 1, "thin": 2, "keep": 2},
 }
@@ -92,7 +93,10 @@ MIXED = {"models": "mlp:16*0.5,logistic*0.5", "feature_dim": 8}
 RUNS: dict[str, dict[str, Any]] = {
     name: MIXED for name, cls in methods.every().items() if cls.needs.architectures == "any"
 } | {
+    "inco": {"model": "mlp:16x16", "models": "mlp:16x16*0.5,mlp:16*0.5"},
     **{name: {"models": "mlp:16@1.0,0.5,0.25"} for name in ("heterofl", "fedrolex", "feddropout")},
+    "flexifed": {"model": "mlp:16x12", "models": "mlp:16x12*0.5,mlp:16*0.5"},
+    "fedadp": {"model": "mlp:16x12", "models": "mlp:16x12*0.5,mlp:10*0.5"},
     "mhd": {**MIXED, "topology": "ring", "participation": 1.0},
 }
 """Options of a run with which a method shows what it is for."""

@@ -51,6 +51,8 @@ _WHERE = {
     "fedrolex": ("fedrolex", "FedRolex"),
     "feddropout": ("feddropout", "FedDropout"),
     "inco": ("inco", "InCo"),
+    "flexifed": ("flexifed", "FlexiFed"),
+    "fedadp": ("fedadp", "FedADP"),
     "fml": ("fml", "FML"),
     "fedkd": ("fedkd", "FedKD"),
     "fedgen": ("fedgen", "FedGen"),

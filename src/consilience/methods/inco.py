@@ -197,7 +197,8 @@ def _text(g: Tensor, first: Tensor) -> Tensor:
     size, base = g.norm(), first.norm()
     if not (a > 0 and size > 0):
         return g
-    return (g / size - b / a * first / base) * (size + base) / 2
+    found: Tensor = (g / size - b / a * first / base) * (size + base) / 2
+    return found
 
 
 def _repo(g: Tensor, first: Tensor) -> Tensor:

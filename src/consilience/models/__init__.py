@@ -11,10 +11,11 @@ from torch import nn
 
 from consilience.core.errors import ConfigError, nearest
 from consilience.core.model import Architecture, Factory, SplitModel, check_factory
-from consilience.models import small
+from consilience.models import small, vgg
 
-NAMES = ("logistic", "mlp", "lenet", "cnn", "resnet8", "resnet14", "resnet20", "resnet8:batchnorm")
-_FAMILY = dict.fromkeys(("resnet8", "resnet14", "resnet20"), "resnet")
+_RESNETS, _VGGS = ("resnet8", "resnet14", "resnet20"), ("vgg5", "vgg8", "vgg11")
+NAMES = ("logistic", "mlp", "lenet", "cnn", *_RESNETS, "resnet8:batchnorm", *_VGGS)
+_FAMILY = {"mlp": "mlp", **dict.fromkeys(_RESNETS, "resnet"), **dict.fromkeys(_VGGS, "vgg")}
 """Families of models whose parts have common names."""
 
 
@@ -25,7 +26,7 @@ def factory(name: str) -> Factory:
     if resnet:
         norm = nn.BatchNorm2d if resnet[2] else small.group_norm
         return functools.partial(small.ResNet, norm=norm, blocks=(int(resnet[1]) - 2) // 6)
-    if detail and kind not in ("mlp", "resnet8"):
+    if detail and kind not in ("mlp", *_RESNETS):
         return _imported(name)
     if kind == "mlp" and re.fullmatch(r"\d+(x\d+)*", detail or "200") and "0" not in (detail or "200").split("x"):
         return functools.partial(small.MLP, widths=tuple(int(w) for w in (detail or "200").split("x")))
@@ -33,6 +34,9 @@ def factory(name: str) -> Factory:
         "logistic": small.Linear,
         "lenet": small.LeNet,
         "cnn": small.CNN,
+        "vgg5": vgg.VGG,
+        "vgg8": functools.partial(vgg.VGG, convolutions=2),
+        "vgg11": functools.partial(vgg.VGG, convolutions=3),
     }
     if name not in plain:
         hint = "; widths look like mlp:200x100" if kind == "mlp" else nearest(name, NAMES)
