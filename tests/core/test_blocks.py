@@ -60,7 +60,21 @@ SUMMED = [name for name in methods.NAMES if sums_suffice(methods.get(name)(**USU
 
 
 def test_the_methods_that_want_no_more_than_sums() -> None:
-    assert SUMMED == ["fedavg", "fedavgm", "fedprox", "fedadagrad", "fedadam", "fedyogi", "scaffold", "moon"]
+    assert SUMMED == [
+        "fedavg",
+        "fedavgm",
+        "fedprox",
+        "fedadagrad",
+        "fedadam",
+        "fedyogi",
+        "scaffold",
+        "moon",
+        "fedsam",
+        "fedswa",
+        "fedmoswa",
+        "lgfedavg",
+        "fml",
+    ]
 
 
 @pytest.mark.parametrize("buffers", ["average", "local"])

@@ -127,11 +127,8 @@ def test_the_other_rules_against_naive_ones() -> None:
     for rule in RULES.values():
         assert torch.equal(rule(g, zero), g.clamp(-0.1, 0.1) if rule is RULES["repo"] else g)
         assert torch.isfinite(rule(zero, first)).all()
-    changes = {
-        "features.3.0.body.0.weight": first,
-        "features.3.1.body.0.weight": g,
-        "features.3.1.body.1.bias": g[0, 0],
-    }
+    first_name, second_name = (f"features.3.{block}.body.0.weight" for block in (0, 1))
+    changes = {first_name: first, second_name: g, "features.3.1.body.1.bias": g[0, 0]}
     done = mixed(changes, "text")
     assert torch.equal(done[first_name], first)
     assert not torch.equal(done[second_name], g)

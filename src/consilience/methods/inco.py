@@ -86,10 +86,6 @@ class InCo(Method):
                     )
         return super().networks(models)
 
-    def sums(self, asked: Sequence[Reply]) -> None:
-        """Every update is wanted."""
-        return
-
     def broadcast(self, phase: Phase, server: Tree, client: ClientInfo) -> Tree:
         """The base's message, of it what the client's model has."""
         return _restricted(super().broadcast(phase, server, client), client.architectures[client.model].spec)
@@ -121,6 +117,7 @@ def _over(base: str) -> type[Method]:
         "__doc__": InCo.__doc__,
         "__annotations__": {"base": str},
         "base": option(base, "the method that clients follow"),
+        "sums": Method.sums,  # every update is wanted
         "needs": dataclasses.replace(parent.needs, architectures="family"),
     }
     made = type(f"InCo{parent.__name__}", (InCo, parent), space)
