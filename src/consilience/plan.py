@@ -37,9 +37,10 @@ BESIDE = 1.5
 def plan(settings: Settings, names: Sequence[str]) -> list[dict[str, Any]]:
     """A row per method: seconds, bytes up and down and peak memory of one run, with how sure they can be.
 
-    Bytes are exact for methods whose messages do not change in size, under schedules whose server updates take a fixed
-    number of jobs (not interval and compass, which are reckoned as a cohort each), and without the models that are
-    still on their way to clients when an asynchronous run ends. Seconds scale one measured client of median
+    Bytes are exact for methods whose messages do not change in size, under rounds and tiers of equal devices. An
+    asynchronous run also moves what is under way, or has come and is not combined, when it ends: less than one message
+    for each job in flight, not counted here. Updates of interval and compass, and rounds with a deadline, are reckoned
+    as everybody that may be asked. Seconds scale one measured client of median
     size, the quickest of some repetitions; they are a range up to ``seconds_high``, which holds if all repetitions
     were as slow as the slowest, cores hinder each other, and what else runs on this machine goes on. Memory is data
     plus models, without what Python and torch take.
