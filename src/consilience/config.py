@@ -199,26 +199,34 @@ def _federation(entry: Any) -> dict[str, Any]:
         if key not in Config.model_fields or key in ("out", "seed", "seeds"):
             known = [k for k in Config.model_fields if k not in ("out", "seed", "seeds")]
             raise ConfigError(f"federations: '{key}' is no option of a federation{nearest(key, known)}")
-    return found
+    return found | _absolute(found)
+
+
+_PATHS = ("init", "data", "models", "partition", "replay")
+"""Options that may name a file."""
 
 
 def _rooted(config: Config) -> Config:
     """The configuration with absolute paths, so that what a run wrote down holds in any folder."""
+    return config.model_copy(update=_absolute(config.model_dump(include=set(_PATHS))))
+
+
+def _absolute(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the options that name a file, with its absolute path."""
     from consilience.data.spec import NAMES, is_file
 
-    found = {
-        key: value and str(Path(value).absolute()) for key, value in (("init", config.init), ("replay", config.replay))
-    }
-    name, _, rest = config.data.partition(":")
-    if name not in NAMES and Path(config.data).exists():
-        found["data"] = str(Path(config.data).absolute())
+    init, data, models, partition, replay = (str(options.get(key) or "") for key in _PATHS)
+    name, _, rest = data.partition(":")
+    found = {key: str(Path(path).absolute()) for key, path in (("init", init), ("replay", replay)) if path}
+    if data and name not in NAMES and Path(data).exists():
+        found["data"] = str(Path(data).absolute())
     elif name == "fashion-mnist" and rest:
         found["data"] = f"{name}:{Path(rest).absolute()}"
-    if config.models is not None and config.models.endswith(".csv"):
-        found["models"] = str(Path(config.models).absolute())
-    if is_file(config.partition):
-        found["partition"] = str(Path(config.partition).absolute())
-    return config.model_copy(update=found)
+    if models.endswith(".csv"):
+        found["models"] = str(Path(models).absolute())
+    if partition and is_file(partition):
+        found["partition"] = str(Path(partition).absolute())
+    return found
 
 
 def _explain(error: ValidationError) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import time
@@ -17,6 +18,11 @@ from consilience.core.messages import ClientInfo, Job
 from consilience.core.units import parse_bytes
 from consilience.core.worker import Call, Worker, test_ranges
 from consilience.execute.processes import cores
+from consilience.schedule import names as schedules
+from consilience.schedule.buffered import Buffered
+from consilience.schedule.deadline import Deadline
+from consilience.schedule.immediate import Immediate
+from consilience.schedule.tiered import Tiered
 from consilience.simulate import single_thread
 
 if TYPE_CHECKING:
@@ -31,7 +37,10 @@ BESIDE = 1.5
 def plan(settings: Settings, names: Sequence[str]) -> list[dict[str, Any]]:
     """A row per method: seconds, bytes up and down and peak memory of one run, with how sure they can be.
 
-    Bytes are exact for methods whose messages do not change in size. Seconds scale one measured client of median
+    Bytes are exact for methods whose messages do not change in size, under rounds and tiers of equal devices. An
+    asynchronous run also moves what is under way, or has come and is not combined, when it ends: less than one message
+    for each job in flight, not counted here. Updates of interval and compass, and rounds with a deadline, are reckoned
+    as everybody that may be asked. Seconds scale one measured client of median
     size, the quickest of some repetitions; they are a range up to ``seconds_high``, which holds if all repetitions
     were as slow as the slowest, cores hinder each other, and what else runs on this machine goes on. Memory is data
     plus models, without what Python and torch take.
@@ -48,7 +57,7 @@ def plan(settings: Settings, names: Sequence[str]) -> list[dict[str, Any]]:
 def _row(spec: experiment.RunSpec, worker: Worker) -> dict[str, Any]:
     config, federation = spec.config, worker.federation
     workers = config.workers or (1 if config.executor == "serial" else cores())
-    cohort = cohort_size(config.participation, federation.n_seen)
+    jobs = _jobs(config, worker)
     server = worker.method.init_server(worker.host(0, "init"))
     sizes = sorted((federation.size(int(c)), int(c)) for c in federation.seen[:10_000])
     client = sizes[len(sizes) // 2][1]
@@ -59,24 +68,41 @@ def _row(spec: experiment.RunSpec, worker: Worker) -> dict[str, Any]:
     call = Call("train", (Job(0, client, 1, 0, 0, phase), None), message)
     work, state = worker.run(call)  # once to warm up
     scale = statistics.fmean(size for size, _ in sizes) / max(1, federation.size(client))
-    spans = [(config.rounds * cohort * scale, _timed(worker, call)), *_judging(worker, server, config, info)]
+    spans = [(config.rounds * jobs * scale, _timed(worker, call)), *_judging(worker, server, config, info)]
     low, high = (sum(times * span[end] for times, span in spans) / workers for end in (0, 1))
     high *= (BESIDE if workers > 1 else 1.0) * _load(workers)
     down = 0 if message is None else encoded_size(message)
     up = 0 if work.update is None else encoded_size(work.update)
-    states = min(federation.n_seen, config.rounds * cohort) * tr.nbytes(state)
-    held = tr.nbytes(server) * (2 + workers) + cohort * up + min(states, parse_bytes(config.client_state_memory))
+    states = min(federation.n_seen, config.rounds * jobs) * tr.nbytes(state)
+    held = tr.nbytes(server) * (2 + workers) + jobs * up + min(states, parse_bytes(config.client_state_memory))
     return {
         "method": spec.label,
         "rounds": config.rounds,
-        "cohort": cohort,
+        "cohort": jobs,
         "workers": workers,
         "seconds": round(low, 1),
         "seconds_high": round(high, 1),
-        "bytes_down": config.rounds * cohort * down,
-        "bytes_up": config.rounds * cohort * up,
+        "bytes_down": config.rounds * jobs * down,
+        "bytes_up": config.rounds * jobs * up,
         "memory": held + _data_bytes(worker),
     }
+
+
+def _jobs(config: Config, worker: Worker) -> int:
+    """Clients whose work one server update takes."""
+    seen = worker.federation.n_seen
+    cohort = cohort_size(config.participation, seen)
+    own = config.schedule is None
+    schedule = schedules.make(config.schedule or worker.method.default_schedule())
+    if isinstance(schedule, Immediate):
+        return 1
+    if isinstance(schedule, Buffered):
+        return schedule.buffer
+    if isinstance(schedule, Tiered):
+        return max(1, round(cohort / min(schedule.tiers, seen)))
+    if isinstance(schedule, Deadline) and not own:
+        return min(seen, math.ceil(config.over_selection * cohort - 1e-9))
+    return cohort
 
 
 def _timed(worker: Worker, call: Call) -> tuple[float, float]:
@@ -125,9 +151,9 @@ def plan_table(rows: Sequence[dict[str, Any]]) -> Table:
     from rich import box
     from rich.table import Table
 
-    title = (
-        f"One run of {rows[0]['rounds']} rounds with {rows[0]['cohort']} clients each, on {rows[0]['workers']} workers"
-    )
+    each = sorted({row["cohort"] for row in rows})
+    clients = f"{each[0]} to {each[-1]}" if len(each) > 1 else f"{each[0]}"
+    title = f"One run of {rows[0]['rounds']} rounds with {clients} clients each, on {rows[0]['workers']} workers"
     table = Table(
         title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD, pad_edge=False, min_width=len(title)
     )

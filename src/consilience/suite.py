@@ -22,18 +22,29 @@ def parts(settings: Settings) -> dict[str, Settings]:
     found: dict[str, Settings] = {}
     if len(settings.federations) < 2:
         raise ConfigError("--federation: give at least two to rank methods over, or put its options among the others")
-    for number, own in enumerate(settings.federations, 1):
+    named = titles(settings.federations)
+    for number, (own, name) in enumerate(zip(settings.federations, named, strict=True), 1):
         given: dict[str, Any] = {**settings.flat(), **own, "reference": settings.reference}
         given |= {"target": settings.target, "tune": settings.tune}
-        found[f"{number}-{_slug(title(own))}"] = settle(given)
-    if len({title(own) for own in settings.federations}) < len(found):
+        found[f"{number}-{_slug(name)}"] = settle(given)
+    if len(set(named)) < len(found):
         raise ConfigError("--federation: the same federation is given twice")
     return found
 
 
+def titles(federations: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How federations are called: by their options, of a file its name, or its path where several would read alike."""
+    short = [title({key: _file_name(value) for key, value in own.items()}) for own in federations]
+    return [s if short.count(s) == 1 else title(own) for s, own in zip(short, federations, strict=True)]
+
+
 def title(federation: Mapping[str, Any]) -> str:
-    """How a federation is called: its options."""
+    """A federation's options."""
     return ", ".join(f"{key}={value}" for key, value in federation.items())
+
+
+def _file_name(value: Any) -> Any:
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _slug(text: str) -> str:
@@ -61,11 +72,11 @@ def compare_on_all(
         raise ConfigError("--federation ranks methods over federations; name two methods at least")
     if not resume:
         experiment.free(folder)
-        for options, own in zip(settings.federations, each.values(), strict=True):
+        for name, own in zip(titles(settings.federations), each.values(), strict=True):
             try:
                 experiment.check_all(own, experiment.specs(own, names))
             except Refused as error:
-                raise type(error)(f"federation {title(options)}: {error}") from None
+                raise type(error)(f"federation {name}: {error}") from None
     with experiment.on_cluster(settings.config):
         if not resume:
             folder.mkdir(parents=True, exist_ok=True)
@@ -89,12 +100,12 @@ def conclude(folder: Path) -> list[dict[str, Any]]:
 
     settings, _ = experiment.read_comparison(folder)
     boards = {part: experiment.conclude(folder / part) for part in parts(settings)}
-    titles = dict(zip(boards, map(title, settings.federations), strict=True))
+    called = dict(zip(boards, titles(settings.federations), strict=True))
     ranks = rank(boards)
     rows = rank_rows(boards, ranks)
     write_atomically(folder / "leaderboard.json", json.dumps(rows, indent=1))
     write_atomically(folder / "ranks.json", json.dumps(vars(ranks), indent=1))
-    write_overview(folder, titles, boards, ranks)
+    write_overview(folder, called, boards, ranks)
     return rows
 
 

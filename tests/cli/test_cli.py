@@ -19,7 +19,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from consilience import cli, experiment, plan
+from consilience import cli, experiment, plan, simulate
 from consilience.config import Config
 from consilience.core.messages import ClientInfo
 
@@ -201,6 +201,40 @@ def test_plan_counts_judgements() -> None:
     server, info = worker.method.init_server(worker.host(0, "init")), ClientInfo(0, worker.federation.size(0), "", {})
     times = [n for n, _ in plan._judging(worker, server, config, info)]
     assert times == [4, 2 * 7, 7]  # of one chunk in rounds 3, 6, 9, 10; of clients in 4, 8; after training, in 10
+
+
+@pytest.mark.parametrize(
+    ("method", "schedule", "options", "jobs"),
+    [
+        ("fedavg", None, {}, 4),
+        ("fedavg", "rounds", {"participation": 0.5}, 4),
+        ("fedavg", "async", {}, 1),
+        ("fedasync", None, {}, 1),
+        ("fedavg", "buffered:3", {}, 3),
+        ("fedbuff", None, {}, 2),
+        ("fedavg", "tiered:2", {}, 2),
+        ("fedavg", "deadline:1000", {"over_selection": 1.5}, 6),
+    ],
+)
+def test_plan_counts_the_jobs_of_an_update(
+    method: str, schedule: str | None, options: dict[str, Any], jobs: int
+) -> None:
+    own = {"buffer": 2} if method == "fedbuff" else {}
+    config = Config(clients=8, rounds=6, model="mlp:16", schedule=schedule, **{"participation": 4, **options})
+    spec = experiment.RunSpec(method, method, own, config)
+    federation = experiment.make_federation(config)
+    worker = experiment.check(spec, federation)
+    row = plan._row(spec, worker)
+    assert row["cohort"] == jobs
+    result = simulate.run(
+        worker.method, federation, model="mlp:16", rounds=6, schedule=schedule,
+        executor="serial", eval_clients_every=0, **{"participation": 4, **options},
+    )  # fmt: skip
+    moved, one = result.history[-1]["bytes_up"], row["bytes_up"] // (6 * jobs)
+    if worker.method.schedule == "rounds" and schedule in (None, "rounds", "tiered:2", "deadline:1000"):
+        assert row["bytes_up"] == moved
+    else:  # replies that came with the last one that was combined
+        assert row["bytes_up"] <= moved < row["bytes_up"] + 4 * one
 
 
 def test_predict_and_export(place: Path) -> None:

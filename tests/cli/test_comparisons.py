@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 import yaml
 
+from consilience import suite
+from consilience.config import settle
+
 SMALL = ["--model", "mlp:16", "--clients", "4", "--rounds", "3", "--workers", "2", "--seeds", "2"]
 
 
@@ -126,6 +129,22 @@ def test_several_federations(tmp_path: Path) -> None:
     assert resumed.returncode == 0, resumed.stderr
     assert (tmp_path / "s" / parts[1] / "fedavg-seed0" / "digest.txt").read_text() == before
     assert consilience("report", "s", cwd=tmp_path).returncode == 0
+
+
+def test_files_of_federations_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = "a,y\n" + "".join(f"{i},{i % 2}\n" for i in range(40))
+    for name in ("north.csv", "south.csv", "old/north.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(rows)
+    monkeypatch.chdir(tmp_path)
+    settings = settle({"federations": ["data=north.csv,clients=4", {"data": "south.csv", "partition": "iid"}]})
+    assert settings.federations[0] == {"data": str(tmp_path / "north.csv"), "clients": "4"}
+    monkeypatch.chdir(tmp_path / "old")
+    each = suite.parts(settings)
+    assert list(each) == ["1-data=north.csv_clients=4", "2-data=south.csv_partition=iid"]
+    assert [own.config.data for own in each.values()] == [str(tmp_path / f"{name}.csv") for name in ("north", "south")]
+    same = suite.titles([{"data": str(tmp_path / "north.csv")}, {"data": str(tmp_path / "old" / "north.csv")}])
+    assert same == [f"data={tmp_path / 'north.csv'}", f"data={tmp_path / 'old' / 'north.csv'}"]
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,7 @@ def test_learns_and_reports(name: str, serial: consilience.Result) -> None:
     assert [line["round"] for line in serial.history] == [1, 2, 3, 4]
     last = serial.history[-1]
     assert last["samples"] > 0
-    assert {"mean", "worst10", "std", "jain", "before", "after"} <= last["clients"].keys()
+    assert {"mean", "worst10", "std", "jain", "before", "after", "valid"} <= last["clients"].keys()
     assert last["unseen"]["mean"] >= 0
     assert ("global" in last) == (serial.global_model is not None)
     assert not serial.refused

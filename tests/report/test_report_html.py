@@ -20,7 +20,7 @@ from consilience.core.errors import Refused
 from consilience.measure.board import board
 from consilience.measure.statistics import leaderboard, t_interval
 from consilience.report import answer
-from consilience.report.blob import curves_blob
+from consilience.report.blob import curve, curves_blob
 from consilience.report.facts import gather
 from consilience.report.html import write_report
 from consilience.report.load import read_runs
@@ -490,7 +490,12 @@ def test_the_switch_to_the_best_round(make_compare: Make, tmp_path: Path) -> Non
     const told = [document.querySelector('#cv-t').textContent, document.querySelector('#cv svg').outerHTML];
     document.querySelector('[data-state=pick] input[value=best]').click();
     told.push(document.querySelector('#cv-t').textContent, document.querySelector('#cv svg').outerHTML);
-    document.title = JSON.stringify([told[0], told[2], told[1] === told[3]]);
+    const strip = () => document.querySelector('#strip svg').getAttribute('aria-label');
+    const least = strip(), radio = document.querySelector('[data-state=who] input');
+    radio.focus();
+    told.push(document.activeElement === radio);
+    document.querySelector('[data-state=who] input[value=best]').click();
+    document.title = JSON.stringify([told[0], told[2], told[1] === told[3], told[4], least, strip()]);
     });</script></body>"""
     used = page.with_name("used.html")
     used.write_text(page.read_text("utf-8").replace("</body>", script), "utf-8")
@@ -498,6 +503,46 @@ def test_the_switch_to_the_best_round(make_compare: Make, tmp_path: Path) -> Non
     assert complaints == ""
     title = re.search(r"<title>(.*?)</title>", dom)
     assert title
-    before, after, same = json.loads(unescape(title[1]))
+    before, after, same, focusable, last, best = json.loads(unescape(title[1]))
     assert after == f"{before}, of the round best on validation data so far"
     assert not same
+    assert focusable
+    assert "at the round best on validation data" in best
+    assert last.partition("ation data. ")[2] != best.partition("ation data. ")[2]
+    assert "validation" not in last
+
+
+def test_clients_and_tables_of_the_best_round(make_compare: Make) -> None:
+    folder = with_validation(make_compare(["local", "fedavg", "scaffold"], 2))
+    page = report(folder)
+    facts = gather(folder)
+    strip = blob(page)["strip"]
+    assert isinstance(strip, dict)
+    runs = {(run.label, run.seed): run for run in read_runs(folder)}
+
+    def score(label: str, seed: int, client: int) -> float:
+        lines = runs[label, seed].clients
+        return next(of["accuracy"] for of in lines if (of["round"], of["client"]) == (20, client))
+
+    for seed, client, gained in strip["best"]["fedavg"]:
+        assert gained == pytest.approx(100 * (score("fedavg", seed, client) - score("local", seed, client)), rel=1e-4)
+    assert strip["best"]["fedavg"] != strip["dots"]["fedavg"]
+    assert 'data-state="who"' in page
+    text = text_of(page)
+    assert "Scores at the round best on validation data" in text
+    row = next(r for r in board(read_runs(folder)) if r["method"] == "fedavg")
+    told = re.search(r"FedAvg (\S+) (?:± \S+|\S+…\S+) (\S+) (\S+) round 20 2 seeds", text)
+    assert told
+    assert told[1] == f"{100 * row['best_accuracy']:.1f}"
+    assert told[2] == f"{100 * next(e.mean for e in facts.entries if e.label == 'fedavg'):.1f}"
+
+
+def test_the_table_of_curves_says_which_round_is_best(make_compare: Make) -> None:
+    folder = with_validation(make_compare(["fedavg", "scaffold"], 2))
+    points = curve(gather(folder).best, ("clients", "mean"), best=True)
+    assert [(p.round, p.shown) for p in points] == [
+        (0, (0, 0)),
+        (10, (10, 10)),
+        *((r, (20, 20)) for r in (20, 30, 40, 50)),
+    ]
+    assert '<br><span class="ci">round 20</span>' in report(folder)

@@ -187,3 +187,19 @@ def test_the_command(compared: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "--out goes with --format" in capsys.readouterr().err
     assert run("--format", "pdf") == 2
     assert capsys.readouterr().err == "consilience: --format pdf: one of csv, parquet, latex\n"
+
+
+def test_rounds_that_are_best_on_validation_data(make_compare: Make) -> None:
+    folder = make_compare(["local", "fedavg"], 2)
+    assert pd.read_csv(write_tables(folder, "csv")[0])["best_round_low"].isna().all()
+    for peak, seed in ((20, 0), (30, 1)):
+        path = folder / f"fedavg-seed{seed}" / "history.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for line in lines:
+            if "clients" in line:
+                line["clients"]["valid"] = {"mean": 1 - abs(line["round"] - peak) / 100}
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = pd.read_csv(write_tables(folder, "csv")[0]).set_index("method")
+    assert [rows.loc["fedavg", f"best_round_{end}"] for end in ("low", "high")] == [20, 30]
+    assert pd.isna(rows.loc["local", "best_accuracy"])
+    assert "best_rounds" not in rows.columns

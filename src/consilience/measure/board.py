@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from consilience.measure.best import best_line
+from consilience.measure.best import best_scores
 from consilience.measure.contrasts import Difference, differences
 from consilience.measure.statistics import Recorded, final_scores, last_clients, last_of, leaderboard
 from consilience.measure.target import COSTS, Cost, cost_of, reach
@@ -48,13 +48,12 @@ def _evenness(runs: Sequence[Recorded]) -> dict[str, float | None]:
 
 def _best(runs: Sequence[Recorded], metric: str, lower: bool) -> dict[str, Any]:
     """The score at the round that is best on validation data, mean over seeds, and each seed's round."""
-    lines = [best_line(run.history, lower=lower) for run in runs]
-    keys = ("global", "loss" if lower else "accuracy") if metric == "global" else ("clients", "mean")
-    values = [None if line is None else (line.get(keys[0]) or {}).get(keys[1]) for line in lines]
-    known = all(value is not None and math.isfinite(value) for value in values)
+    found = best_scores(runs, metric, lower=lower)
+    if len(found) < len(runs):
+        return {"best_accuracy": None, "best_rounds": None}
     return {
-        "best_accuracy": _mean(values) if known else None,
-        "best_rounds": [line["round"] for line in lines if line is not None] if known else None,
+        "best_accuracy": fmean(best.score for best in found.values()),
+        "best_rounds": [best.round for best in found.values()],
     }
 
 

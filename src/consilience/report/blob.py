@@ -76,6 +76,8 @@ class Point(NamedTuple):
     virtual: float
     mean: float
     half: float
+    shown: tuple[int, int]
+    """First and last of the rounds that the seeds' values are of: its own round, or those that are best until it."""
 
     def interval(self, *, share: bool) -> tuple[float, float]:
         """Its ends, of a share within 0 and 1."""
@@ -86,18 +88,18 @@ class Point(NamedTuple):
 def curve(entry: Entry, keys: Sequence[str], *, best: bool = False) -> list[Point]:
     """A method's curve over the rounds at which any of its seeds was evaluated. best: at each round that was judged on
     validation data, the value of the round that is best on it so far."""
-    by_round: dict[int, list[tuple[Mapping[str, Any], float]]] = {}
+    by_round: dict[int, list[tuple[Mapping[str, Any], float, int]]] = {}
     for run in entry.runs:
         pairs = best_so_far(run.history, lower=not entry.share) if best else ((line, line) for line in run.history)
         for line, shown in pairs:
             if (value := at(shown, keys)) is not None:
-                by_round.setdefault(int(line["round"]), []).append((line, value))
+                by_round.setdefault(int(line["round"]), []).append((line, value, int(shown["round"])))
     rounds = sorted(by_round)
     if len(rounds) > POINTS:
         rounds = [rounds[round(i * (len(rounds) - 1) / (POINTS - 1))] for i in range(POINTS)]
     points = []
     for number in rounds:
-        lines, values = [line for line, _ in by_round[number]], [value for _, value in by_round[number]]
+        lines, values, of = zip(*by_round[number], strict=True)
         # with many seeds a bootstrap for every point would take minutes, and show no other band
         interval = t_interval(values) if len(values) > 1 else None
         points.append(
@@ -109,6 +111,7 @@ def curve(entry: Entry, keys: Sequence[str], *, best: bool = False) -> list[Poin
                 fmean(line["virtual_s"] for line in lines),
                 fmean(values),
                 (interval[1] - interval[0]) / 2 if interval else 0.0,
+                (min(of), max(of)),
             )
         )
     return points
@@ -184,18 +187,29 @@ def curves_blob(facts: Facts) -> dict[str, Any]:
     }
 
 
+def strips(facts: Facts, *, best: bool = False) -> dict[str, list[Dot]]:
+    """By method but Local, every client's gain over Local, or without Local its score. best: at the round that is best
+    on validation data, Local's own too."""
+    entries = [e for e in facts.entries if e is not facts.local]
+    if facts.local is None:
+        return {e.label: e.accuracies(facts.lower, best=best) for e in entries}
+    return {e.label: e.best_gains if best else e.gains for e in entries}
+
+
 def strip_blob(facts: Facts) -> dict[str, Any]:
     """Every client's gain over Local, or without Local its score, by method."""
-    gain = facts.local is not None
-    entries = [e for e in facts.entries if e is not facts.local]
-    dots: dict[str, list[Dot]] = {e.label: e.gains if gain else e.accuracies(facts.lower) for e in entries}
-    return {
-        "gain": gain,
-        "dots": {
+
+    def drawn(dots: Mapping[str, Sequence[Dot]]) -> dict[str, Any]:
+        return {
             label: [[d.seed, d.client, _significant(d.value * facts.scale.factor)] for d in of]
             for label, of in dots.items()
             if of
-        },
+        }
+
+    return {
+        "gain": facts.local is not None,
+        "dots": drawn(strips(facts)),
+        "best": (drawn(strips(facts, best=True)) or None) if judged_on_validation(facts) else None,
     }
 
 

@@ -11,6 +11,7 @@ from statistics import fmean, median, stdev
 from typing import Any, NamedTuple
 
 from consilience.core.errors import DataError
+from consilience.measure.best import best_clients
 from consilience.measure.statistics import (
     Comparison,
     compare_scores,
@@ -49,6 +50,8 @@ class Entry:
     """Whether scores are shares (accuracies) rather than losses."""
     slot: int = -1
     gains: list[Dot] = field(default_factory=list)
+    best_gains: list[Dot] = field(default_factory=list)
+    """The same, each at its run's round that is best on validation data."""
 
     @property
     def mean(self) -> float:
@@ -85,13 +88,13 @@ class Entry:
     def median_gain(self) -> float:
         return median(dot.value for dot in self.gains)
 
-    def accuracies(self, lower: bool) -> list[Dot]:
-        """Every client's last score, for every seed."""
+    def accuracies(self, lower: bool, *, best: bool = False) -> list[Dot]:
+        """Every client's last score, for every seed. best: that of the round that is best on validation data."""
         key = "loss" if lower else "accuracy"
         return [
             Dot(run.seed, client, float(line[key]))
             for run in self.runs
-            for client, line in last_clients(run).items()
+            for client, line in (best_clients(run, lower=lower) if best else last_clients(run)).items()
             if line.get(key) is not None and math.isfinite(line[key])
         ]
 
@@ -226,14 +229,17 @@ def gather(folder: Path) -> Facts:
 
 
 def _gains(facts: Facts, local: Entry) -> None:
-    alone = {(dot.seed, dot.client): dot.value for dot in local.accuracies(facts.lower)}
+    def over(entry: Entry, *, best: bool) -> list[Dot]:
+        alone = {(dot.seed, dot.client): dot.value for dot in local.accuracies(facts.lower, best=best)}
+        return [
+            dot._replace(value=facts.ahead(dot.value, alone[dot.seed, dot.client]))
+            for dot in entry.accuracies(facts.lower, best=best)
+            if (dot.seed, dot.client) in alone
+        ]
+
     for entry in facts.entries:
         if entry is not local:
-            entry.gains = [
-                dot._replace(value=facts.ahead(dot.value, alone[dot.seed, dot.client]))
-                for dot in entry.accuracies(facts.lower)
-                if (dot.seed, dot.client) in alone
-            ]
+            entry.gains, entry.best_gains = over(entry, best=False), over(entry, best=True)
 
 
 def unfinished(facts: Facts) -> list[str]:

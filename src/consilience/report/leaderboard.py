@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from consilience.report.answer import leaderboard_finding
+from consilience.report.chosen import chosen_table
 from consilience.report.facts import Entry, Facts
 from consilience.report.markup import Cell, colour, mark, named, note, section
 from consilience.report.words import NBSP, NONE, plural
@@ -194,7 +195,9 @@ def leaderboard_section(facts: Facts, number: int) -> str:
         + (f'<tbody role="rowgroup" class="refs">{refs}</tbody>' if refs else "")
         + "</table>"
     )
-    return section("leaderboard", number, "Leaderboard", leaderboard_finding(facts), inner + _notes(facts))
+    return section(
+        "leaderboard", number, "Leaderboard", leaderboard_finding(facts), inner + _notes(facts) + chosen_table(facts)
+    )
 
 
 def _notes(facts: Facts) -> str:

@@ -18,11 +18,12 @@ from consilience.report.blob import (
     measures,
     partitions,
     strip_blob,
+    strips,
 )
 from consilience.report.evenness import evenness_table
 from consilience.report.facts import Dot, Entry, Facts, held, unfinished
 from consilience.report.markup import Cell, Column, details, empty, mark, named, note, radios, section, table
-from consilience.report.words import NBSP, NONE, flop_unit, plural
+from consilience.report.words import NBSP, NONE, flop_unit, plural, rounds_of
 
 ROWS = 200
 """A table of clients shows so many rows."""
@@ -83,7 +84,7 @@ def _curves_table(facts: Facts) -> str:
             for goal in marks:
                 # the last evaluation at or before that round
                 point = next((p for p in reversed(points) if p.round <= goal), None)
-                cells += f"<td>{NONE if point is None else _point(facts, point)}</td>"
+                cells += f"<td>{NONE if point is None else _point(facts, point, best)}</td>"
             rows += f'<tr><th scope="row" class="stick">{named(entry)}</th>{cells}</tr>'
         told = measure.title + (", of the round best on validation data so far" if best else "")
         title = f'<th scope="rowgroup" class="stick sub" colspan="{len(marks) + 1}">{escape(told)}</th>'
@@ -96,15 +97,16 @@ def _curves_table(facts: Facts) -> str:
     )
 
 
-def _point(facts: Facts, point: Point) -> str:
-    """A point of a curve with its interval."""
+def _point(facts: Facts, point: Point, best: bool) -> str:
+    """A point of a curve with its interval. best: and the rounds of the seeds that it is of."""
     beside = facts.scale.beside(point.mean, *point.interval(share=not facts.lower))
-    return facts.scale.number(point.mean) + (f' <span class="ci">{beside}</span>' if point.half else "")
+    told = facts.scale.number(point.mean) + (f' <span class="ci">{beside}</span>' if point.half else "")
+    return told + (f'<br><span class="ci">{rounds_of(*point.shown)}</span>' if best else "")
 
 
 def clients_section(facts: Facts, number: int) -> str:
     """Section "Who gains, who loses"."""
-    blob = strip_blob(facts)
+    blob, rounds = strip_blob(facts), [("last", "Last round"), ("best", "Best on validation")]
     title = "Who gains, who loses"
     if not blob["dots"]:
         inner = empty("No client was evaluated. Lower --eval-clients-every to see every client.")
@@ -125,22 +127,27 @@ def clients_section(facts: Facts, number: int) -> str:
                 "Local was not among the methods, so gains cannot be computed. The chart shows "
                 f"{facts.scale.noun} per client instead. Compare with <code>local</code> to see who gains."
             )
+    switch, tables = "", _clients_table(facts)
+    if blob["best"]:
+        switch = radios("who", "Models of", rounds)
+        tables += _clients_table(facts, best=True)
     inner = (
-        f"{intro}<figure><figcaption>{caption}</figcaption>"
-        f'<div class="plot" id="strip"></div></figure>{evenness_table(facts)}{_clients_table(facts)}'
+        f"{intro}{f'<div class=bar>{switch}</div>' if switch else ''}<figure><figcaption>{caption}</figcaption>"
+        f'<div class="plot" id="strip"></div></figure>{evenness_table(facts)}{tables}'
     )
     return section("clients", number, title, answer.clients_finding(facts), inner)
 
 
-def _clients_table(facts: Facts) -> str:
+def _clients_table(facts: Facts, *, best: bool = False) -> str:
     local, scale = facts.local, facts.scale
     entries = [e for e in facts.entries if e is not local]
-    dots = {e.label: e.gains if local is not None else e.accuracies(facts.lower) for e in entries}
-    by: dict[str, dict[tuple[int, int], Dot]] = {k: {(d.seed, d.client): d for d in of} for k, of in dots.items()}
+    by: dict[str, dict[tuple[int, int], Dot]] = {
+        k: {(d.seed, d.client): d for d in of} for k, of in strips(facts, best=best).items()
+    }
     lead = by.get(facts.best.label, {})
     keys = sorted({key for of in by.values() for key in of})
     keys.sort(key=lambda key: lead[key].value * (-1 if facts.lower and local is None else 1) if key in lead else 0.0)
-    alone = {(d.seed, d.client): d.value for d in local.accuracies(facts.lower)} if local is not None else {}
+    alone = {(d.seed, d.client): d.value for d in local.accuracies(facts.lower, best=best)} if local is not None else {}
     sizes = {run.seed: run.federation.get("sizes") or () for run in facts.runs}
     columns = [Column("Client", up=True)]
     if len(facts.seeds) > 1:
@@ -165,8 +172,10 @@ def _clients_table(facts: Facts) -> str:
             else:
                 cells.append(Cell(scale.signed(dot.value), dot.value, "neg" if dot.value < 0 else ""))
         rows.append((str(client), cells))
-    what = f"{'Gain over Local' if local else scale.noun.capitalize()} of every client and method."
-    all_of = f"All {len(keys)} as a table" if len(keys) <= ROWS else f"The {ROWS} lowest of {len(keys)} as a table"
+    at = ", at the round best on validation data" if best else ""
+    what = f"{'Gain over Local' if local else scale.noun.capitalize()} of every client and method{at}."
+    all_of = f"All {len(keys)}{at}" if len(keys) <= ROWS else f"The {ROWS} lowest of {len(keys)}{at}"
+    all_of += ", as a table" if best else " as a table"
     return details(all_of, table(f"{what} Columns can be sorted.", what, columns, rows))
 
 

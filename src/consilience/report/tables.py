@@ -120,7 +120,10 @@ def flat(row: Mapping[str, Any], prefix: str = "") -> Row:
 
 
 def _board_row(row: Mapping[str, Any]) -> Row:
-    left = {key: value for key, value in row.items() if key not in (*DIFFERENCE, *TARGET, "groups", "gain")}
+    apart = (*DIFFERENCE, *TARGET, "groups", "gain", "best_rounds")
+    left = {key: value for key, value in row.items() if key not in apart}
+    rounds = row["best_rounds"]
+    left["best_round_ci"] = (min(rounds), max(rounds)) if rounds else None  # flat() makes _low and _high of it
     gain = row["gain"] or dict.fromkeys(("mean", "worst", "lose", "of"))
     return {**flat(left), **flat({"gain": gain})}
 

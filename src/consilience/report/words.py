@@ -127,6 +127,11 @@ def count_unit(values: Iterable[float | None]) -> Unit:
     return _unit(values, [(0, "", 1), (1e5, "thousand", 1e3), (1e6, "million", 1e6)])
 
 
+def rounds_of(first: int, last: int) -> str:
+    """``round 20``, or ``rounds 20 to 40`` where seeds differ."""
+    return f"round {first:,}" if first == last else f"rounds {first:,} to {last:,}"
+
+
 @dataclass(frozen=True)
 class Scale:
     """How scores are written: accuracies in percent and points, losses as they are."""

@@ -4,7 +4,7 @@ const $ = (s, r) => (r || document).querySelector(s), $$ = (s, r) => [...(r || d
 const D = JSON.parse($('#data').textContent), METHODS = D.methods, S = D.scale;
 const method = Object.fromEntries(METHODS.map(m => [m.id, m]));
 const MINUS = '\u2212';
-const state = {x: 'round', y: (D.curves.measures[0] || {}).key, pick: 'last', fs: 0, bands: true, hidden: new Set(), focus: null, traced: null, cursor: 1};
+const state = {x: 'round', y: (D.curves.measures[0] || {}).key, pick: 'last', who: 'last', fs: 0, bands: true, hidden: new Set(), focus: null, traced: null, cursor: 1};
 let printing = false;
 
 /* ---------- words ---------- */
@@ -166,7 +166,7 @@ const quantile = (sorted, q) => { const p = (sorted.length - 1) * q, i = Math.fl
 function strip() {
   const el = $('#strip');
   if (!el) return;
-  const gain = D.strip.gain, dots = D.strip.dots, list = shown().filter(m => dots[m.id]);
+  const best = state.who === 'best' && D.strip.best, gain = D.strip.gain, dots = best || D.strip.dots, list = shown().filter(m => dots[m.id]);
   if (!list.length) { el.innerHTML = '<p class="empty">No method with clients is shown.</p>'; return; }
   const w = width(el), narrow = w < 620, rh = printing ? 28 : narrow ? 60 : 44, longest = Math.max(...list.map(m => m.name.length));
   const ml = narrow ? 2 : Math.max(60, 34 + 7.4 * longest), mr = narrow ? 2 : 150, mt = 26, mb = narrow ? 22 : 38, h = mt + rh * list.length + mb;
@@ -194,7 +194,7 @@ function strip() {
     traced.forEach(t => { s += `<circle cx="${t.x.toFixed(1)}" cy="${t.y.toFixed(1)}" r="6.5" fill="none" stroke="var(--ink)" stroke-width="2"/>` + text(t.x, t.y - 10, gain ? signed(t.v) : num(t.v), 'class="lab-ink halo" text-anchor="middle" font-weight="600"'); });
   }
   if (!narrow) s += text(ml + (w - ml - mr) / 2, h - 1, gain ? `${S.points || 'difference'} over Local`.trim() : `${S.noun}${S.unit && ', ' + S.unit}`, 'text-anchor="middle"');
-  frame(el, w, h, s, (gain ? 'Gain over Local per client. ' : `${S.noun} per client. `) + list.map(m => { const v = dots[m.id].map(d => d[2]).sort((p, q) => p - q); return gain ? `${m.name}: ${v.filter(x => x < 0).length} of ${v.length} lose` : `${m.name}: median ${num(quantile(v, .5))}`; }).join(', ') + '. The table below has every value.');
+  frame(el, w, h, s, (gain ? 'Gain over Local per client' : `${S.noun} per client`) + (best ? ', at the round best on validation data. ' : '. ') + list.map(m => { const v = dots[m.id].map(d => d[2]).sort((p, q) => p - q); return gain ? `${m.name}: ${v.filter(x => x < 0).length} of ${v.length} lose` : `${m.name}: median ${num(quantile(v, .5))}`; }).join(', ') + '. The table below has every value.');
 }
 function marks(rows, px, y0, r, gain, traced, m) {
   const placed = [];
