@@ -15,8 +15,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("flwr")
-
 from consilience import experiment
 from consilience.config import settle
 from consilience.core.errors import ConfigError, ConsilienceError
