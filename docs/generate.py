@@ -38,6 +38,7 @@ def files() -> dict[Path, str]:
         "usage": usage(),
         "speed": speed(),
         "compiled": compiled(),
+        "cluster": cluster(),
     }
     found[DOCS / "growth.svg"] = growth()
     for path in sorted(DOCS.glob("*.md")):
@@ -174,6 +175,48 @@ def compiled() -> str:
                 off = [f"**{d:.2f}**" if d > 1e-3 else f"{d:.0e}" for d in one["differences"].values()]
                 rows.append((model, f"`{way}`", *off, f"{one['plain_ms']:.2f}", f"{one['compiled_ms']:.2f}"))
     return table(("model", "compiled by", "batch of 32", "then 24", "ms a step without", "with"), rows)
+
+
+def cluster() -> str:
+    """What benchmarks/cluster.py fitted, and what it says of larger clusters."""
+    found = json.loads((MEASURED / "cluster.json").read_text())
+    fit, runs = found["fit"], found["measured"]
+    text = (
+        f"Fitted to {len(runs)} runs: {1e3 * fit['round_s']:.2g} ms a round, {1e3 * fit['call_s']:.2g} ms a call and "
+        f"{1e9 * fit['byte_s']:.2g} s for each GB moved. Runs differ from that by {fit['median_error']:.0%} "
+        f"(median), at most {fit['largest_error']:.0%}.\n\n"
+    )
+    head = (
+        "model",
+        "method",
+        "workers",
+        "clients",
+        "objects",
+        "placed",
+        "with calls",
+        "with replies",
+        "driver's seconds",
+    )
+    rows = [
+        (
+            row["model"], row["method"], f"{row['workers']:,}", f"{row['workers'] * row['each']:,}",
+            f"{row['objects']:,.0f}",
+            *(_bytes(row[key]) for key in ("placed_bytes", "call_bytes", "result_bytes")),
+            f"**{row['driver_s']:.2g}**" if row["driver_s"] < 100 else f"**{row['driver_s']:,.0f}**",
+        )
+        for row in found["predicted"]
+    ]  # fmt: skip
+    return text + table(head, rows)
+
+
+def _bytes(count: float) -> str:
+    """Bytes in their unit."""
+    if not count:
+        return "0"
+    size, unit = next(
+        (s, u) for s, u in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if count >= s or u == "kB"
+    )
+    return f"{count / size:.3g} {unit}"
 
 
 PANELS = {

@@ -123,6 +123,15 @@ class Counting(Linear):
         return super().forward(x) / self.calls
 
 
+class Breaking(Linear):
+    """Fails while it trains."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            raise ValueError("boom")
+        return super().forward(x)
+
+
 def architecture(factory: Any = Linear, outputs: int = CLASSES, dtype: torch.dtype = torch.float32) -> Architecture:
     """A factory's architecture for the federations made here."""
     return Architecture(factory.__name__.lower(), factory, (FEATURES,), outputs, dtype)

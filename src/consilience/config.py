@@ -101,8 +101,9 @@ class Config(BaseModel):
     init: str | None = Field(None, description="a safetensors file to start from")
     seed: int = Field(0, ge=0, description="of everything random")
     seeds: int = Field(1, ge=1, description="repetitions, with seeds seed, seed + 1, ...")
-    executor: Literal["auto", "serial", "processes", "stacked"] = Field("auto", description="where clients run")
-    workers: int | None = Field(None, ge=1, description="worker processes (cores)")
+    executor: Literal["auto", "serial", "processes", "stacked", "ray"] = Field("auto", description="where clients run")
+    workers: int | None = Field(None, ge=1, description="worker processes (cores; with ray: CPUs of the cluster)")
+    address: str | None = Field(None, description="with ray: HOST:PORT of a running cluster, or auto (one of its own)")
     client_state_memory: Annotated[str, BeforeValidator(_memory)] = Field(
         "1GB", description="clients' states to keep in memory; others go to files in the run's folder"
     )

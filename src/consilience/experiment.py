@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-import queue
 import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import yaml
 
 from consilience.config import Config, Settings, parse_method, read_yaml, settle
 from consilience.core.checkpoint import write_atomically
-from consilience.core.errors import ClientError, ConfigError, ConsilienceError, nearest
+from consilience.core.errors import ConfigError, nearest
 
 OnLine = Callable[[str, dict[str, Any]], None]
 """Called with a run's label and each line of its history."""
@@ -135,6 +135,8 @@ def check(spec: RunSpec, federation: Any) -> Any:
     from consilience.simulate import prepare, timing
 
     loggers.check(spec.config.log)
+    if spec.config.address is not None and spec.config.executor != "ray":
+        raise ConfigError("--address goes with --executor ray")
     worker = prepare(
         methods.make(spec.method, spec.options), federation, **_arguments(spec, federation), **_devices(spec.config)
     )
@@ -155,11 +157,13 @@ def execute(
     """Do one run and return its Result. federation: the configuration's, if it has been made already."""
     from consilience import methods
     from consilience.loggers import logging_to
-    from consilience.simulate import run
+    from consilience.simulate import cluster, run
 
     config = spec.config
     federation = federation or make_federation(config)
-    with logging_to(config.log, folder, spec.file(command)) as log:
+    where = executor or config.executor
+    address = config.address if where == "ray" else None
+    with cluster(where, address, config.workers), logging_to(config.log, folder, spec.file(command)) as log:
 
         def told(line: dict[str, Any]) -> None:
             log(line)
@@ -177,8 +181,9 @@ def execute(
             eval_clients_every=config.eval_clients_every,
             eval_clients=config.eval_clients,
             checkpoint_every=config.checkpoint_every,
-            executor=executor or config.executor,
+            executor=where,
             workers=config.workers,
+            address=address,
             client_state_memory=config.client_state_memory,
             out=folder,
             resume=resume,
@@ -205,6 +210,7 @@ def trial(spec: RunSpec, federation: Any) -> Any:
         eval_clients=1,
         executor=config.executor,
         workers=config.workers,
+        address=config.address,
     )
 
 
@@ -220,22 +226,31 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Run every method with every seed, write leaderboard.json and report.html, and return the leaderboard.
 
-    With at least as many runs as workers, whole runs go side by side, each in a process of its own; otherwise one
-    after another, each over all workers. The results are the same bits either way. tell: called with a sentence
-    about every trial where methods are tuned first.
+    With at least as many runs as workers, whole runs go side by side, each in a process of its own (with ray: on a CPU
+    of the cluster); otherwise one after another, each over all workers. The results are the same bits either way.
+    tell: called with a sentence about every trial where methods are tuned first.
     """
     runs = specs(settings, names)
     if not resume:
         free(folder)
         check_all(settings, runs)
-        folder.mkdir(parents=True, exist_ok=True)
-        record(settings, names, folder, command)
-    if settings.tune is not None:
-        from consilience.tuning import tune
+    with on_cluster(settings.config):
+        if not resume:
+            folder.mkdir(parents=True, exist_ok=True)
+            record(settings, names, folder, command)
+        if settings.tune is not None:
+            from consilience.tuning import tune
 
-        runs = tune(runs, settings.tune, folder, tell)
-    _run_all([spec for spec in runs if not (folder / spec.name / "digest.txt").exists()], folder, command, on_line)
+            runs = tune(runs, settings.tune, folder, tell)
+        _run_all([spec for spec in runs if not (folder / spec.name / "digest.txt").exists()], folder, command, on_line)
     return conclude(folder)
+
+
+def on_cluster(config: Config) -> AbstractContextManager[None]:
+    """Inside, what the configuration's executor runs on is there. Raises ConfigError."""
+    from consilience.simulate import cluster
+
+    return cluster(config.executor, config.address, config.workers)
 
 
 def free(folder: Path) -> None:
@@ -330,102 +345,40 @@ def conclude(folder: Path) -> list[dict[str, Any]]:
 
 
 def _run_all(todo: Sequence[RunSpec], folder: Path, command: str, on_line: OnLine) -> None:
-    from consilience.execute.processes import cores
+    from consilience.beside import InProcesses, OnRay, run_beside
 
     if not todo:
         return
     config = todo[0].config
-    workers = config.workers or cores()
+    workers = config.workers or _most(config)
     if config.executor in ("serial", "stacked") or workers == 1 or len(todo) < workers:
         for spec in todo:
-            _one(spec, folder, command, None, lambda line, label=spec.name: on_line(label, line))  # type: ignore[misc]
+            one(spec, folder, command, None, lambda line, label=spec.name: on_line(label, line))  # type: ignore[misc]
         return
-    _side_by_side(todo, folder, command, on_line, workers)
+    places = (OnRay if config.executor == "ray" else InProcesses)(folder, command)
+    run_beside(todo, places, workers, on_line)
 
 
-def _one(
-    spec: RunSpec, folder: Path, command: str, executor: str | None, on_line: Callable[[dict[str, Any]], None]
+def _most(config: Config) -> int:
+    """CPUs that there are."""
+    from consilience.execute.processes import cores
+    from consilience.execute.ray import cpus
+
+    return cpus() if config.executor == "ray" else cores()
+
+
+def one(
+    spec: RunSpec,
+    folder: Path,
+    command: str,
+    executor: str | None,
+    on_line: Callable[[dict[str, Any]], None],
+    federation: Any = None,
 ) -> None:
+    """Do a run of a comparison, or go on with it."""
     path = folder / spec.name
     begun = (path / "config.yaml").exists()
-    execute(spec, path, command=command, resume=begun, executor=executor, on_line=on_line)
-
-
-def _side_by_side(todo: Sequence[RunSpec], folder: Path, command: str, on_line: OnLine, workers: int) -> None:
-    """Whole runs in processes of their own, as many at a time as there are workers."""
-    from consilience.execute.processes import quiet_fork, start_context
-
-    context = start_context()
-    news: Any = context.Queue()
-    waiting, running = list(todo), dict[str, Any]()
-    failure: ConsilienceError | None = None
-    try:
-        while running or (waiting and failure is None):
-            while waiting and failure is None and len(running) < workers:
-                spec = waiting.pop(0)
-                process = context.Process(target=_child, args=(spec, folder, command, news), daemon=True)
-                with quiet_fork():
-                    process.start()
-                running[spec.name] = process
-            try:
-                label, kind, what = news.get(timeout=0.2)
-            except queue.Empty:
-                failure = failure or _vanished(running)
-                continue
-            if kind == "line":
-                on_line(label, what)
-                continue
-            running.pop(label).join()
-            if kind == "error":
-                failure = failure or _rebuild(label, what)
-    finally:
-        for process in running.values():
-            process.kill()
-            process.join()
-    if failure is not None:
-        raise failure
-
-
-def _vanished(running: dict[str, Any]) -> ConsilienceError | None:
-    """The failure of a run whose process died without a word, if any did."""
-    for label, process in list(running.items()):
-        if process.exitcode not in (None, 0):
-            del running[label]
-            return ConsilienceError(f"{label}: its process died (exit code {process.exitcode}); resume the comparison")
-    return None
-
-
-def _child(spec: RunSpec, folder: Path, command: str, news: Any) -> None:
-    import signal
-
-    import torch
-
-    torch.set_num_threads(1)  # at once: OpenMP's other threads did not survive the fork, and would be waited for
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        _one(spec, folder, command, "serial", lambda line: news.put((spec.name, "line", line)))
-    except ConsilienceError as error:
-        news.put((spec.name, "error", [type(error).__name__, str(error), getattr(error, "trace", "")]))
-    except BaseException as error:
-        import traceback
-
-        news.put((spec.name, "error", ["", f"{type(error).__name__}: {error}", traceback.format_exc()]))
-    else:
-        news.put((spec.name, "done", None))
-
-
-def _rebuild(label: str, what: Sequence[str]) -> ConsilienceError:
-    """The error of a child process, as one of ours."""
-    import consilience.core.errors as errors
-
-    kind, text, trace = what
-    if kind == "ClientError":
-        return ClientError(f"{label}: {text}", trace)
-    cls = getattr(errors, kind, None) or ConsilienceError
-    error: ConsilienceError = cls(f"{label}: {text}")
-    if not kind:
-        error.add_note(trace) if hasattr(error, "add_note") else None
-    return error
+    execute(spec, path, command=command, resume=begun, executor=executor, federation=federation, on_line=on_line)
 
 
 def resume(

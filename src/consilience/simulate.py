@@ -55,7 +55,7 @@ MIXES = {
     "any": "",
 }
 """What a method needs of architectures, in words."""
-EXECUTORS = ("auto", "serial", "processes", "stacked")
+EXECUTORS = ("auto", "serial", "processes", "stacked", "ray")
 
 
 class History(list[dict[str, Any]]):
@@ -136,6 +136,7 @@ def run(
     checkpoint_every: int = 10,
     executor: str = "auto",
     workers: int | None = None,
+    address: str | None = None,
     client_state_memory: int | str | None = "1GB",
     init: Weights | None = None,
     clock: Clock | None = None,
@@ -153,8 +154,9 @@ def run(
     clients per round. client_state_memory: bytes of clients' states to keep in memory, as a number or as in "500MB"
     (None: all); those used least lately go to files, in ``out`` or among temporary files. fleet: of simulated
     devices: a name, a csv file, a function, or a Device for each client. clock: how long jobs take in virtual time,
-    instead of a fleet. out: a folder to write; resume: go on from the folder's newest checkpoint. config: what
-    config.yaml shall say. on_line: called with each line of history. The rest as in the command line.
+    instead of a fleet. address: of the Ray cluster, with executor "ray". out: a folder to write; resume: go on from the
+    folder's newest checkpoint. config: what config.yaml shall say. on_line: called with each line of history. The rest
+    as in the command line.
 
     Raises ConfigError, DataError or NeedsError before any work, ClientError if a client's own code fails.
     """
@@ -187,29 +189,32 @@ def run(
     combines = rule if schedule is None or isinstance(schedule, str) else type(rule).__qualname__
     identity = repr((*named, devices, availability, drops, fleet_correlation, combines))
     budget = None if client_state_memory is None else parse_bytes(client_state_memory)
-    recorder, snapshot, spent = _recorder(path, resume, {**(config or {}), "identity": identity}, federation, budget)
-    states = recorder.states if recorder is not None else States(Temporary(), budget)
-    keeper = _Keeper(recorder, states, on_line)
-    setup = Setup(
-        rounds=rounds,
-        cohort=cohort_size(participation, federation.n_seen),
-        schedule=rule,
-        clock=found,
-        measures=Standard(),
-        recorder=keeper,
-        stages=() if worker.check is None else (worker.check,),
-        evaluation=Evaluation(eval_every, eval_clients_every, eval_clients, worker.place.chunk),
-        checkpoint_every=checkpoint_every,
-        elapsed=spent,
-    )
-    keep_freed_memory()
-    with single_thread():
-        place = make_executor(executor, worker, workers)
-        place.keep(states)
-        try:
-            last = run_loop(place, setup, snapshot)
-        finally:
-            place.close()
+    with cluster(executor, address, workers):
+        recorder, snapshot, spent = _recorder(
+            path, resume, {**(config or {}), "identity": identity}, federation, budget
+        )
+        states = recorder.states if recorder is not None else States(Temporary(), budget)
+        keeper = _Keeper(recorder, states, on_line)
+        setup = Setup(
+            rounds=rounds,
+            cohort=cohort_size(participation, federation.n_seen),
+            schedule=rule,
+            clock=found,
+            measures=Standard(),
+            recorder=keeper,
+            stages=() if worker.check is None else (worker.check,),
+            evaluation=Evaluation(eval_every, eval_clients_every, eval_clients, worker.place.chunk),
+            checkpoint_every=checkpoint_every,
+            elapsed=spent,
+        )
+        keep_freed_memory()
+        with single_thread():
+            place = make_executor(executor, worker, workers)
+            place.keep(states)
+            try:
+                last = run_loop(place, setup, snapshot)
+            finally:
+                place.close()
     if recorder is not None:
         about = describe(found, federation, last.time) if isinstance(found, Fleet) else {}
         if worker.place.topology is not None:
@@ -372,15 +377,31 @@ def timing(
 
 
 def make_executor(name: str, worker: Worker, workers: int | None) -> Executor:
-    """An executor by name; "auto" is one process per core, or none beside this on a single core."""
+    """An executor by name; "auto" is one process per core, or none beside this on a single core. "ray" only inside
+    :func:`consilience.execute.ray.connected`."""
     if name not in EXECUTORS:
         raise ConfigError(f"unknown executor '{name}'{nearest(name, EXECUTORS)}")
     count = cores() if workers is None else workers
     if count < 1:
         raise ConfigError(f"workers={count}: at least 1")
+    if name == "ray":
+        from consilience.execute.ray import Ray
+
+        return Ray(worker, workers)
     if name == "serial" or (name == "auto" and count == 1):
         return Serial(worker)
     return (Stacked if name == "stacked" else Processes)(worker, count)
+
+
+def cluster(executor: str, address: str | None, workers: int | None) -> contextlib.AbstractContextManager[None]:
+    """Inside, what an executor runs on is there. Raises ConfigError."""
+    if executor == "ray":
+        from consilience.execute.ray import connected
+
+        return connected(address, workers)
+    if address is not None:
+        raise ConfigError("--address goes with --executor ray")
+    return contextlib.nullcontext()
 
 
 @contextlib.contextmanager

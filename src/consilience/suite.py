@@ -66,18 +66,20 @@ def compare_on_all(
                 experiment.check_all(own, experiment.specs(own, names))
             except Refused as error:
                 raise type(error)(f"federation {title(options)}: {error}") from None
-        folder.mkdir(parents=True, exist_ok=True)
-        experiment.record(settings, names, folder, command)
-    for part, own in each.items():
-        experiment.compare(
-            own,
-            names,
-            folder / part,
-            command=command,
-            on_line=lambda label, line, part=part: on_line(f"{part}/{label}", line),  # type: ignore[misc]
-            tell=lambda text, part=part: tell(f"{part}: {text}"),  # type: ignore[misc]
-            resume=(folder / part / "compare.yaml").exists(),
-        )
+    with experiment.on_cluster(settings.config):
+        if not resume:
+            folder.mkdir(parents=True, exist_ok=True)
+            experiment.record(settings, names, folder, command)
+        for part, own in each.items():
+            experiment.compare(
+                own,
+                names,
+                folder / part,
+                command=command,
+                on_line=lambda label, line, part=part: on_line(f"{part}/{label}", line),  # type: ignore[misc]
+                tell=lambda text, part=part: tell(f"{part}: {text}"),  # type: ignore[misc]
+                resume=(folder / part / "compare.yaml").exists(),
+            )
     return conclude(folder)
 
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +21,7 @@ from consilience.core import tree as tr
 from consilience.core.encode import decode, encode, encoded_size
 from consilience.core.events import Decision, Instant
 from consilience.core.messages import Job, Trip
+from consilience.execute.ray import connected
 from consilience.methods import DPSGD, FedAdam, FedASMU, FedAvg, FedProx, Scaffold
 from consilience.schedule.immediate import Immediate
 from consilience.schedule.rounds import Rounds
@@ -144,6 +149,25 @@ def test_learns_and_reports(name: str, serial: consilience.Result) -> None:
 
 def test_processes_give_the_same_bits(name: str, serial: consilience.Result) -> None:
     beside = run(CASES[name], "processes", workers=2)
+    assert beside.digest == serial.digest
+    assert beside.timeline == serial.timeline
+
+
+@pytest.fixture(scope="module")
+def on_ray() -> Iterator[None]:
+    root = str(Path(__file__).parents[2])
+    sys.path.append(root)  # where actors find the fixtures
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's own
+        with connected(None, 2):
+            yield
+    sys.path.remove(root)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_ray_gives_the_same_bits(name: str, serial: consilience.Result, on_ray: None) -> None:
+    beside = run(CASES[name], "ray", workers=2)
     assert beside.digest == serial.digest
     assert beside.timeline == serial.timeline
 

@@ -97,7 +97,7 @@ def test_through_a_worker_process(stateful: bool) -> None:
     executor = Processes(Echo(base.place, base.federation, base.program), 1)
     try:
         executor.run(Call("train", (Job(0, 0, 1, 0, 0, 0), None), {"a": torch.ones(3)}))  # everything is imported
-        child = executor._children[0].process.pid
+        child = executor._hands[0].process.pid
         message, jobs = large(), [Job(c, c, 1, 0, 0, 0, int(stateful) or None) for c in range(4)]
         kept, waiting = (4 * LARGE, 2 * LARGE) if stateful else (0, 0)
         # a state is mapped while it is copied: at most those of the calls that are out at once
