@@ -8,35 +8,19 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 import typer
-from typer.core import TyperArgument, TyperCommand
 
 from consilience import __version__
+from consilience.command import Command
 from consilience.config import TRAINING, Config, Settings, parse_method, settle
 from consilience.core.errors import ClientError, ConfigError, ConsilienceError, nearest
 from consilience.deploy.cli import deploy
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-
-class Command(TyperCommand):
-    """A command whose help is as it was written: beside a newer click, typer forgets the help of arguments, and
-    beside rich it writes ``\\[required]``."""
-
-    def get_help(self, ctx: click.Context) -> str:
-        """The whole help text."""
-        hints = get_type_hints(getattr(self.callback, "__wrapped__", self.callback), include_extras=True)
-        for param in self.params:
-            if isinstance(param, TyperArgument) and param.name:
-                param.help = hints[param.name].__metadata__[0].help
-        return super().get_help(ctx).replace("\\[", "[")
-
-    def format_arguments(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Nothing: typer's part of the help has the arguments, and click's newer one would repeat them."""
 
 
 app = typer.Typer(

@@ -394,6 +394,7 @@ def resume(
                 settings, settings.methods, folder, command=command, on_line=on_line, tell=tell, resume=True
             )
         return compare(settings, settings.methods, folder, command=command, on_line=on_line, tell=tell, resume=True)
+    simulated(folder)
     spec, command = read_spec(folder)
     result = execute(spec, folder, command=command, resume=True, on_line=lambda line: on_line(spec.name, line))
     _report(folder)
@@ -424,6 +425,16 @@ def _report(folder: Path) -> Path:
     from consilience.report.html import write_report
 
     return write_report(folder)
+
+
+def simulated(folder: Path) -> None:
+    """Raise ConfigError where a folder is the run of a deployment, whose data are not here."""
+    path = folder / "config.yaml"
+    if path.exists() and "deployment" in read_yaml(path):
+        raise ConfigError(
+            f"{folder} is a deployment's run, whose rows are at its sites; `consilience deploy serve APP` goes on with "
+            "it, and its models are in export/ here and at the sites"
+        )
 
 
 def read_spec(folder: Path) -> tuple[RunSpec, str]:

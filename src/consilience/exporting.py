@@ -64,6 +64,7 @@ class Finished:
 
 def read_run(folder: Path) -> Finished:
     """A run with its newest whole checkpoint. Raises ConfigError or CheckpointError."""
+    experiment.simulated(folder)
     spec, _ = experiment.read_spec(folder)
     worker = experiment.check(spec, experiment.make_federation(spec.config))
     snapshot, _ = read_snapshot(folder)

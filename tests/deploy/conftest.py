@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import time
 from collections.abc import Callable, Iterable
@@ -10,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("flwr")
 
 from consilience import experiment
 from consilience.config import settle
@@ -22,6 +21,9 @@ from consilience.deploy.seal import Sealed
 from consilience.deploy.server import Server
 from consilience.deploy.site import Home
 from consilience.folder import RunFolder
+
+if importlib.util.find_spec("flwr") is None:
+    collect_ignore_glob = ["test_*.py"]
 
 
 @dataclass

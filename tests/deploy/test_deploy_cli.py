@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("flwr")
-
 from consilience.cli import main
 from consilience.deploy import spec
 

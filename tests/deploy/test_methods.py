@@ -21,9 +21,7 @@ SHAPES = ("fedavg", "fedmd", "dpsgd", "fedkd")
 
 
 def deployable() -> list[Any]:
-    names = [
-        n for n, cls in methods.every().items() if not cls.needs.pooled_data and n not in ("fedcompass", "fedasmu")
-    ]
+    names = [n for n, cls in methods.every().items() if not cls.needs.pooled_data and n != "fedcompass"]
     return [pytest.param(name, marks=() if name in SHAPES else pytest.mark.slow) for name in names]
 
 

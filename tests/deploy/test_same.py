@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from consilience import experiment
+from consilience.core.errors import ConfigError
 from consilience.exporting import digest
 from consilience.folder import read_lines
 
@@ -16,6 +18,21 @@ from .conftest import Make
 def numbers(line: dict[str, Any]) -> dict[str, Any]:
     """A line of history without times."""
     return {key: value for key, value in line.items() if key not in ("wall_s", "virtual_s")}
+
+
+def test_a_deployments_folder(deployed: Make) -> None:
+    """It is judged and reported on like every run; what needs the rows says that they are elsewhere."""
+    import yaml
+
+    from consilience.exporting import export
+    from consilience.report.html import write_report
+
+    folder = deployed(rounds="1").run().path
+    assert write_report(folder).is_file()
+    assert yaml.safe_load((folder / "config.yaml").read_text())["data"] == "deployment of 3 sites"
+    for what in (lambda: export(folder, folder / "x"), lambda: experiment.resume(folder, lambda name, line: None)):
+        with pytest.raises(ConfigError, match="whose rows are at its sites"):
+            what()
 
 
 @pytest.mark.parametrize("method", ["fedavg", "scaffold", "fedproto"])

@@ -19,7 +19,13 @@ from .conftest import Make, Slow
 
 @pytest.mark.parametrize(
     ("method", "options"),
-    [("fedbuff:buffer=2", {"rounds": "5"}), ("scaffold", {}), ("fedavg", {"schedule": "deadline:0.2", "rounds": "4"})],
+    [
+        ("fedbuff:buffer=2", {"rounds": "5"}),
+        ("fedasmu", {"rounds": "4"}),  # asks the server in the middle of a job
+        ("fedfix", {"rounds": "4", "schedule": "interval:0.3"}),
+        ("scaffold", {}),
+        ("fedavg", {"schedule": "deadline:0.2", "rounds": "4"}),
+    ],
 )
 def test_replayed_to_the_same_bits(method: str, options: dict[str, str], deployed: Make) -> None:
     run = deployed(method, **options)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from consilience.command import Command
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -29,7 +31,7 @@ def _errors() -> Console:
     return Console(stderr=True)
 
 
-@deploy.command("init")
+@deploy.command("init", cls=Command)
 def init_command(
     method: Annotated[str, typer.Argument(help="a method, as METHOD or METHOD:key=value,...")],
     config: Annotated[Path, typer.Option("--config", help="run.yaml: a run's options, and deploy.sites", metavar="")],
@@ -51,7 +53,7 @@ def init_command(
     typer.echo(f"for the sites: {folder / 'server' / 'server.key.pub'} and {folder / 'server' / 'ca.pem'}")
 
 
-@deploy.command("certificate")
+@deploy.command("certificate", cls=Command)
 def certificate_command(
     app: App,
     host: Annotated[list[str] | None, typer.Option("--host", help="name or address of the server", metavar="")] = None,
@@ -66,7 +68,7 @@ def certificate_command(
     typer.echo(app / "server" / "tls.pem")
 
 
-@deploy.command("site")
+@deploy.command("site", cls=Command)
 def site_command(
     name: Annotated[str, typer.Argument(help="the site's name, as run.yaml has it")],
     data: Annotated[
@@ -88,7 +90,7 @@ def site_command(
     typer.echo(f"site: {folder}; for the server: {folder / 'site.key.pub'}")
 
 
-@deploy.command("register")
+@deploy.command("register", cls=Command)
 def register_command(
     app: App,
     name: Annotated[str, typer.Argument(help="the site's name")],
@@ -106,7 +108,7 @@ def register_command(
     typer.echo(f"{name} may join {app}")
 
 
-@deploy.command("serve")
+@deploy.command("serve", cls=Command)
 def serve_command(app: App, host: Host = "127.0.0.1", port: Port = 8000) -> None:
     """Start the server and run to the end; started again, it goes on where it was."""
     from consilience.deploy import local
@@ -120,7 +122,7 @@ def serve_command(app: App, host: Host = "127.0.0.1", port: Port = 8000) -> None
     _done(app)
 
 
-@deploy.command("join")
+@deploy.command("join", cls=Command)
 def join_command(folder: SiteFolder) -> None:
     """Start a site, and let it take part until it is interrupted."""
     from consilience.deploy import local
@@ -132,7 +134,7 @@ def join_command(folder: SiteFolder) -> None:
         local.join(folder, lambda text: err.print(text, markup=False, highlight=False))
 
 
-@deploy.command("local")
+@deploy.command("local", cls=Command)
 def local_command(
     method: Annotated[str, typer.Argument(help="a method, as METHOD or METHOD:key=value,...")] = "fedavg",
     sites: Annotated[int, typer.Option("--sites", min=1, help="how many sites", metavar="")] = 4,
@@ -159,7 +161,7 @@ def local_command(
     _done(app)
 
 
-@deploy.command("ledger")
+@deploy.command("ledger", cls=Command)
 def ledger_command(
     folder: SiteFolder,
     as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,

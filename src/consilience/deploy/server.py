@@ -166,7 +166,10 @@ class Server:
         path.mkdir(parents=True, exist_ok=True)
         about = describe(worker.federation, content=False)
         write_atomically(path / "federation.json", json.dumps(about))
-        told = {**run.file("consilience deploy"), "deployment": deployment.section.id, "identity": identity}
+        told = {
+            **run.file("consilience deploy"), "data": worker.federation.name, "partition": "natural:site",
+            "deployment": deployment.section.id, "identity": identity,
+        }  # fmt: skip
         write_atomically(path / "config.yaml", yaml.safe_dump(told, sort_keys=False))
         return RunFolder(path, budget), None, 0.0
 
