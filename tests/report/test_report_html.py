@@ -21,6 +21,7 @@ from consilience.measure.board import board
 from consilience.measure.statistics import leaderboard, t_interval
 from consilience.report import answer
 from consilience.report.blob import curve, curves_blob
+from consilience.report.chosen import _cells
 from consilience.report.facts import gather
 from consilience.report.html import write_report
 from consilience.report.load import read_runs
@@ -531,10 +532,13 @@ def test_clients_and_tables_of_the_best_round(make_compare: Make) -> None:
     text = text_of(page)
     assert "Scores at the round best on validation data" in text
     row = next(r for r in board(read_runs(folder)) if r["method"] == "fedavg")
-    told = re.search(r"FedAvg (\S+) (?:± \S+|\S+…\S+) (\S+) (\S+) round 20 2 seeds", text)
-    assert told
-    assert told[1] == f"{100 * row['best_accuracy']:.1f}"
-    assert told[2] == f"{100 * next(e.mean for e in facts.entries if e.label == 'fedavg'):.1f}"
+    entry = next(e for e in facts.entries if e.label == "fedavg")
+    best, last, ahead, chosen, seeds = (cell.html for cell in _cells(facts, entry))
+    assert best.startswith(f"{100 * row['best_accuracy']:.1f} <span")
+    assert last == f"{100 * entry.mean:.1f}"
+    assert ahead == facts.scale.signed(row["best_accuracy"] - entry.mean)
+    assert (chosen, seeds) == ("round 20", "2 seeds")
+    assert all(f">{html}<" in page for html in (best, last, chosen))
 
 
 def test_the_table_of_curves_says_which_round_is_best(make_compare: Make) -> None:
