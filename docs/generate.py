@@ -6,10 +6,12 @@ compare :func:`files` with what is there, so that the pages cannot go stale.
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import json
 import math
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ def files() -> dict[Path, str]:
         "usage": usage(),
         "speed": speed(),
         "compiled": compiled(),
+        "architectures": architectures(),
         "cluster": cluster(),
     }
     found[DOCS / "growth.svg"] = growth()
@@ -50,6 +53,17 @@ def files() -> dict[Path, str]:
             flags=re.DOTALL,
         )
     return found
+
+
+def architectures() -> str:
+    """The runs of ``benchmarks/architectures.py``."""
+    spec_ = importlib.util.spec_from_file_location("architectures", MEASURED.parent / "architectures.py")
+    assert spec_ is not None
+    assert spec_.loader is not None
+    module = importlib.util.module_from_spec(spec_)
+    sys.modules["architectures"] = module  # where its dataclasses look for themselves
+    spec_.loader.exec_module(module)
+    return f"{module.tables(module.stored()).strip()}\n"
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
