@@ -143,7 +143,8 @@ def test_the_worked_example_works(tmp_path: Path) -> None:
             path.write_text(text, "utf-8")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib", "-W", "error",
-         "-c", os.devnull, "--rootdir", str(tmp_path), str(tmp_path / "tests"), "-k", "fedexp"],
+         "-c", os.devnull, "-o", "markers=slow: takes long", "--rootdir", str(tmp_path), str(tmp_path / "tests"), "-k",
+         "fedexp"],
         env={**os.environ, "PYTHONPATH": str(tmp_path / "src")}, cwd=tmp_path, text=True, capture_output=True,
         check=False,
     )  # fmt: skip

@@ -32,7 +32,10 @@ WIDE, WIDE64 = architecture(MLP), architecture(MLP, dtype=torch.float64)
 def result(method: Method, executor: str, model: Architecture, rounds: int = 1, **options: Any) -> Result:
     if method.schedule.startswith("buffered"):
         options = {"schedule": "buffered:2", **options}  # the default never fills with five clients
-    return run(method, federation(), model=model, rounds=rounds, executor=executor, **{"workers": 1, **options})
+    data = federation()
+    if method.needs.public_data:
+        data.public = data.parts[0].train.x
+    return run(method, data, model=model, rounds=rounds, executor=executor, **{"workers": 1, **options})
 
 
 def distance(a: Result, b: Result) -> float:

@@ -136,6 +136,18 @@ def test_identities(p: np.ndarray, random: object) -> None:
     assert values(decompose(p[:, :, order])) == pytest.approx(values(found), abs=2e-6)
 
 
+def test_a_law_of_few_cells_keeps_its_marginals() -> None:
+    """Where rounding moved the law away from its marginals, the value fell below the least there is, 1 / 3."""
+    p = np.zeros((3, 3, 3))
+    for cell in ((1, 0, 2), (1, 1, 2), (2, 1, 0), (2, 2, 1)):
+        p[cell] = 1
+    p[2, 2, 2] = 2
+    for order in ((0, 1, 2), (0, 2, 1), (2, 1, 0)):
+        found = decompose(p[:, :, order])
+        assert found.gap <= 1e-6
+        assert found.unique == pytest.approx(1 / 3, abs=1e-6)
+
+
 def test_one_client_has_nothing_redundant_or_masked() -> None:
     found = decompose(np.array([[5.0, 1.0], [2.0, 9.0]])[:, :, None])
     assert values(found)[3:] == pytest.approx((0, 0), abs=1e-8)

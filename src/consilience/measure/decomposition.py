@@ -79,7 +79,7 @@ def unique_information(p: Array, tolerance: float = TOLERANCE) -> tuple[float, f
         return best, 0.0
     while gap > tolerance:
         q, centred = _centre(problem, q, t)
-        if not centred:  # the last centre is what double precision gives
+        if not centred or problem.drift(q) > TOLERANCE:  # the last centre is what double precision gives
             break
         best, gap = problem.value(q), problem.cells / t / np.log(2)
         t *= GROWTH
@@ -107,6 +107,10 @@ class _Problem:
         self.start = zs.T[:, :, None] * (self.zp / np.maximum(self.zp.sum(1, keepdims=True), 1e-300))
         held, of_client = zs > 0, np.broadcast_to(zs.sum(axis=0), zs.shape)
         self.constant = -float((zs[held] * np.log(zs[held] / of_client[held])).sum())  # H(Z|S)
+
+    def drift(self, q: Array) -> float:
+        """By how much rounding has moved sum_s q away from P(z, p)."""
+        return float(np.abs(q.sum(axis=0) - self.zp).max())
 
     def objective(self, q: Array) -> float:
         """f in nats."""
