@@ -10,7 +10,7 @@ import torch
 from annotated_types import Ge
 
 from consilience.core.federation import Split
-from consilience.core.messages import ClientInfo, Reply
+from consilience.core.messages import Reply
 from consilience.core.method import Method, Needs, Phase
 from consilience.core.model import Architecture, Weights
 from consilience.core.predict import Net, Predictor
@@ -18,14 +18,14 @@ from consilience.core.shapes import Expected
 from consilience.core.site import Host, Place, Site
 from consilience.core.training import Search, option
 from consilience.core.tree import Tree
-from consilience.methods.lgfedavg import Head
+from consilience.methods.lgfedavg import Head, LGFedAvg
 from consilience.parts import prototypes as proto
 from consilience.parts.prototypes import Prototypes
-from consilience.parts.split import alone, head_network, head_of, rejoined, with_head
+from consilience.parts.split import alone, head_network, rejoined, with_head
 
 
 @dataclass(frozen=True)
-class FedGH(Method):
+class FedGH(LGFedAvg):
     """Clients send the mean features of their classes, on which the server trains the head that all start from.
 
         client: (f_k, h_k) <- local training of both from (f_k, h);  p_k,c = mean of f_k(x) over its rows of class c
@@ -39,19 +39,15 @@ class FedGH(Method):
     """
 
     name = "fedgh"
-    family = "different architectures"
     source = "Yi et al., ACM MM"
     year = 2023
     needs = Needs(architectures="any", same_features=True, split_model=True, classification=True)
+    sums = Method.sums  # every update is wanted
     trains_on_server = True
 
     server_epochs: Annotated[int, Ge(0)] = option(1, "passes of the server over the means")
     server_lr: Annotated[float, Ge(0)] = option(0.01, "the server's step size", Search(1e-3, 1.0))
     server_batch: Annotated[int, Ge(1)] = option(10, "means in one of the server's steps")
-
-    def least_samples(self, phase: Phase, rows: int, steps: int | None) -> int:
-        """One training."""
-        return self.one_fit(rows, steps)
 
     def networks(self, models: Mapping[str, Architecture]) -> Mapping[str, Architecture]:
         """The head alone."""
@@ -65,18 +61,6 @@ class FedGH(Method):
     def sends(self) -> type:
         """Prototypes."""
         return Prototypes
-
-    def init_server(self, host: Host) -> Tree:
-        """The head of the server's initial model."""
-        return Head(head_of(host.initial()))
-
-    def broadcast(self, phase: Phase, server: Head, client: ClientInfo) -> Tree:
-        """The head."""
-        return server
-
-    def init_client(self, site: Site) -> Tree:
-        """The common initial model of its architecture."""
-        return site.initial()
 
     def client_update(self, phase: Phase, site: Site, message: Head, state: Weights) -> tuple[Tree, Tree]:
         """Train body and head, send class means."""
@@ -96,14 +80,6 @@ class FedGH(Method):
             batch_size=self.server_batch, optimizer="sgd", purpose="head",
         )  # fmt: skip
         return Head(rejoined(fit.weights))
-
-    def global_model(self, server: Tree) -> Predictor | None:
-        """There is none."""
-        return None
-
-    def personal_model(self, site: Site, message: Head, state: Weights) -> Predictor:
-        """The own body with the common head."""
-        return Net(with_head(state, message.head), site.model)
 
     def trained_model(self, site: Site, message: Tree, update: Tree, state: Weights) -> Predictor:
         """The own model."""
