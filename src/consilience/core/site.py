@@ -195,6 +195,17 @@ class Site:
         return score(self.task, scores, self.cast(rows).y, rows.sensitive)
 
     @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Judging a client is not its work: what is computed meanwhile, as a predictor that takes training, counts
+        neither as samples nor as time."""
+        kept = self.computed, self.last_loss
+        self.computed = Computed()
+        try:
+            yield
+        finally:
+            self.computed, self.last_loss = kept
+
+    @contextmanager
     def _scope(self) -> Iterator[None]:
         mark = self._pool.mark()
         try:

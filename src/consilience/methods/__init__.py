@@ -60,6 +60,14 @@ _WHERE = {
     "feddf": ("feddf", "FedDF"),
     "knfu": ("knfu", "KnFu"),
     "mhd": ("mhd", "MHD"),
+    "fedper": ("fedper", "FedPer"),
+    "fedrep": ("fedper", "FedRep"),
+    "fedsim": ("fedper", "FedSim"),
+    "fedalt": ("fedper", "FedAlt"),
+    "ditto": ("ditto", "Ditto"),
+    "pfedme": ("pfedme", "PFedMe"),
+    "apfl": ("apfl", "APFL"),
+    "per-fedavg": ("perfedavg", "PerFedAvg"),
 }
 
 NAMES = tuple(_WHERE)
