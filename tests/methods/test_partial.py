@@ -115,7 +115,8 @@ def test_idle_clients_keep_their_part_and_new_ones_begin_with_the_first() -> Non
 def test_frozen_parameters_stay() -> None:
     model = of(Frozen)
     initial = model.initial(0).params
-    for method in (FedRep(personal="head.bias", **USUAL), FedAlt(personal="features.bias", **USUAL)):
+    same: dict[str, Any] = {"form": "delta", **USUAL}  # a mean of equal models may differ from them in the last bits
+    for method in (FedRep(personal="head.bias", **same), FedAlt(personal="features.bias", **same)):
         found = after(method, model=model)
         moved = {**found.server.model.params, **next(iter(found.states.values())).params}
         assert [n for n, p in moved.items() if torch.equal(p, initial[n])] == [
@@ -210,8 +211,10 @@ def descend(p: dict[str, Tensor], x: Tensor, y: Tensor, rates: dict[str, float])
 @pytest.mark.parametrize("name", ["fedper", "fedrep", "fedsim", "fedalt"])
 def test_runs_in_float64(name: str, personal: str) -> None:
     extra = {
-        "fedrep": {"head_epochs": 3}, "fedsim": {"personal_lr": 0.1}, "fedalt": {"personal_lr": 0.1, "personal_epochs": 2}
-    }  # fmt: skip
+        "fedrep": {"head_epochs": 3},
+        "fedsim": {"personal_lr": 0.1},
+        "fedalt": {"personal_lr": 0.1, "personal_epochs": 2},
+    }
     options = {"lr": LR, "batch_size": 10_000, "local_epochs": 2, "personal": personal, **extra.get(name, {})}
     data = consilience.make_federation("digits", clients=CLIENTS, partition="shards:3", seed=SEED)
     result = consilience.run(

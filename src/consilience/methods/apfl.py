@@ -42,8 +42,8 @@ class APFL(Method):
 
     Client state: v_k, which begins as the common initial model, and alpha. A client deploys alpha v_k + (1 - alpha) x
     with v_k's BatchNorm statistics (those of m), and before its first round x. The global model is FedAvg's bit for bit
-    for every alpha. With alpha = 0 fixed the v_k never move and clients deploy x; with alpha = 1 fixed the v_k are those
-    of ``local`` bit for bit. Both forward passes see the same dropout. A local step costs two gradients.
+    for every alpha. With alpha = 0 fixed the v_k never move and clients deploy x; with alpha = 1 fixed the v_k are
+    those of ``local`` bit for bit. Both forward passes see the same dropout. A local step costs two gradients.
 
     Source: Deng, Kamani, Mahdavi, "Adaptive Personalized Federated Learning", 2020, algorithm 1 and equation 8.
     Deviations: parameters are mixed, as in the paper, where the released code mixes scores; alpha's gradient is taken
@@ -58,7 +58,9 @@ class APFL(Method):
     sums = Method.means
     unstacked = "two networks are trained at once"
 
-    alpha: Annotated[float, Ge(0), Le(1)] = option(0.5, "share of the own model (at first, if adaptive)", Search(0, 1, False))
+    alpha: Annotated[float, Ge(0), Le(1)] = option(
+        0.5, "share of the own model (at first, if adaptive)", Search(0, 1, False)
+    )
     adaptive: bool = option(False, "let each client learn its alpha")
 
     def check(self) -> None:

@@ -95,7 +95,8 @@ class FedPer(Method):
 
     def train_parts(self, site: Site, start: Weights, names: Names) -> Weights:
         """Both parts in each step."""
-        return site.fit(start).weights
+        trained: Weights = site.fit(start).weights
+        return trained
 
     def _whole(self, site: Site, shared: Weights, own: Weights) -> Weights:
         return joined(site.architecture().spec, shared, own)
@@ -179,7 +180,8 @@ class FedSim(FedPer):
             gradient = grad()
             return {name: g * ratio if name in names.own else g for name, g in gradient.items()}, carry
 
-        return site.fit(start, step=step).weights
+        trained: Weights = site.fit(start, step=step).weights
+        return trained
 
 
 @dataclass(frozen=True)
@@ -219,4 +221,5 @@ def in_turn(site: Site, start: Weights, names: Names, epochs: int, lr: float | N
         own = Plan(steps=steps, trainable=names.own_trained.__contains__, purpose="personal")
         own.lr = None if lr is None else lr * method.lr_decay**site.job.version
         weights = site.fit(weights, own).weights
-    return site.fit(weights, trainable=names.shared_trained.__contains__).weights
+    trained: Weights = site.fit(weights, trainable=names.shared_trained.__contains__).weights
+    return trained

@@ -24,8 +24,8 @@ from consilience.parts.losses import proximal
 
 @dataclass(frozen=True)
 class PFedMe(Method):
-    """Clients minimise F_k(theta) + (lam / 2) ||theta - w_k||^2 for a personal theta, and step w_k along the gradient of
-    that minimum, the Moreau envelope of F_k.
+    """Clients minimise F_k(theta) + (lam / 2) ||theta - w_k||^2 for a personal theta, and step w_k along the gradient
+    of that minimum, the Moreau envelope of F_k.
 
         w_k <- x;  theta <- x;  then K_k times, each on one batch:
             theta <- theta - eta_p ( grad F_k(theta; batch) + lam (theta - w_k) )    ``inner_steps`` times
