@@ -87,6 +87,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "flexifed": {"strategy": "basic"},
     "fedlex": {"explore_epochs": 2, "patience": 1},
     "fald": {"burn_in": 1, "thin": 2, "keep": 2},
+    "fedetf": {"personal_rounds": 2},
 }
 """Options without which a method does not fit a federation of five clients, or a test, or shows less of its state."""
 MIXED = {"models": "mlp:16*0.5,logistic*0.5", "feature_dim": 8}

@@ -31,6 +31,7 @@ _WHERE = {
     "fedmoswa": ("fedswa", "FedMoSWA"),
     "fedlex": ("fedlex", "FedLEx"),
     "fald": ("fald", "FALD"),
+    "fedetf": ("fedetf", "FedETF"),
     "feddisco": ("feddisco", "FedDisco"),
     "ida": ("ida", "IDA"),
     "fedce": ("fedce", "FedCE"),
