@@ -32,6 +32,7 @@ _WHERE = {
     "fedlex": ("fedlex", "FedLEx"),
     "fald": ("fald", "FALD"),
     "fedetf": ("fedetf", "FedETF"),
+    "ccvr": ("ccvr", "CCVR"),
     "feddisco": ("feddisco", "FedDisco"),
     "ida": ("ida", "IDA"),
     "fedce": ("fedce", "FedCE"),

@@ -138,8 +138,6 @@ class FedETF(Method):
 
     def trained_model(self, site: Site, message: Tree, update: Tree, state: Weights | None) -> Predictor | None:
         """The trained model."""
-        if update is None:
-            return self.personal_model(site, message, state)
         found = super().trained_model(site, message, update, state)
         assert isinstance(found, Net)
         return found._replace(model=NET)
