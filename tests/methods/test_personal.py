@@ -76,7 +76,7 @@ def test_these_move_the_global_model_otherwise(method: Any) -> None:
 
 
 @settings(max_examples=8, deadline=None)
-@given(lam=st.floats(0.1, 3.0))
+@given(lam=st.floats(0.5, 3.0))
 def test_ditto_goes_to_the_closed_form(lam: float) -> None:
     fed = federation((15,), regression=True, dtype=torch.float64)
     method = Ditto(lam=lam, lr=0.05, batch_size=99, local_steps=900)

@@ -31,8 +31,8 @@ class PerFedAvg(Method):
 
     fo leaves the second derivative out, hf takes its product with h from two gradients, which is exact where F_k is
     quadratic. a: ``inner_lr``, d: ``delta``, eta: ``lr``. What a client deploys is x after ``adapt_steps`` steps of
-    size a on batches of its own training rows; so does a new client. BatchNorm statistics move in training as w sees D, and
-    not in those steps. With a = 0 it is FedAvg bit for bit. A local step costs 2 gradients (fo) or 4 (hf).
+    size a on batches of its own training rows; so does a new client. BatchNorm statistics move in training as w sees D,
+    and not in those steps. With a = 0 it is FedAvg bit for bit. A local step costs 2 gradients (fo) or 4 (hf).
 
     Source: Fallah, Mokhtari, Ozdaglar, "Personalized Federated Learning with Theoretical Guarantees: A Model-Agnostic
     Meta-Learning Approach", NeurIPS 2020, algorithm 1. Deviations: weights are n_k / sum n unless ``weights`` says
