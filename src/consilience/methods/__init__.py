@@ -70,6 +70,7 @@ _WHERE = {
     "pfedme": ("pfedme", "PFedMe"),
     "apfl": ("apfl", "APFL"),
     "per-fedavg": ("perfedavg", "PerFedAvg"),
+    "spectral": ("spectral", "Spectral"),
 }
 
 NAMES = tuple(_WHERE)
