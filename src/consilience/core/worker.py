@@ -166,7 +166,7 @@ class Worker:
             at.stage = "client_update"
             update, own = self.method.client_update(phase, site, message, own)
             at.stage = "trained_model"
-            after = site.evaluate(self.method.trained_model(site, message, update, own)) if job.judge else None
+            after = self._trained(site, message, update, own) if job.judge else None
             update, kept = self._close(update, own)
         reach("client-after")
         done = site.computed
@@ -195,14 +195,14 @@ class Worker:
             message, own = self._open(site, message, state)
             at.stage = "personal_model"
             deployed = self.method.personal_model(site, message, own)
-            before = site.evaluate(deployed)
+            before = site.evaluate(deployed)._replace(cluster=self.method.cluster(site, message, own))
             valid = site.evaluate(deployed, site.valid) if len(site.valid) else None
             after = None
             if train and before.n and len(site.train):  # without test rows there is nothing to learn from it
                 at.stage = "client_update"
                 update, own = self.method.client_update(phase, site, message, own)
                 at.stage = "trained_model"
-                after = site.evaluate(self.method.trained_model(site, message, update, own))
+                after = self._trained(site, message, update, own)
         return before, after, valid
 
     def do_aggregate(
@@ -246,7 +246,12 @@ class Worker:
         return Host(self.place, self._pool, version, phase)
 
     def _judge(self, site: Site, message: Tree, own: Tree) -> Score:
-        return site.evaluate(self.method.personal_model(site, message, own))
+        with site.aside():
+            return site.evaluate(self.method.personal_model(site, message, own))
+
+    def _trained(self, site: Site, message: Tree, update: Tree, own: Tree) -> Score:
+        with site.aside():
+            return site.evaluate(self.method.trained_model(site, message, update, own))
 
     def _own(self, site: Site, state: Tree) -> Tree:
         return self.method.init_client(site) if state is None else state

@@ -60,6 +60,9 @@ _WHERE = {
     "feddf": ("feddf", "FedDF"),
     "knfu": ("knfu", "KnFu"),
     "mhd": ("mhd", "MHD"),
+    "ifca": ("ifca", "IFCA"),
+    "fedem": ("fedem", "FedEM"),
+    "fedrc": ("fedrc", "FedRC"),
 }
 
 NAMES = tuple(_WHERE)
