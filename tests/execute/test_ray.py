@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,18 @@ def running() -> Iterator[Nodes]:
 
 @pytest.fixture
 def nodes(running: Nodes) -> Nodes:
-    return running.whole()
+    """Both nodes, and no other: for a while after its end a killed one still counts, and a run would wait for its CPU."""
+    whole = running.whole()
+    within(60, lambda: on_ray.cpus() == 2, "a cluster of two CPUs")
+    return whole
+
+
+def within(seconds: float, true: Callable[[], bool], what: str) -> None:
+    """Wait until something is true. A test fails rather than wait for ever."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, f"{what} did not come within {seconds:.0f} s"
+        time.sleep(0.1)
 
 
 @pytest.fixture

@@ -187,13 +187,14 @@ class Site:
         rows = self.test if data is None else data
         if found is None or not len(rows):
             return Score(0, 0.0, None)
-        with self.aside():
+        with self.uncounted():
             scores = self.scores(found, rows.x)
         return score(self.task, scores, self.cast(rows).y, rows.sensitive)
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
-        """What is computed in here is judging, and no part of the work."""
+    def uncounted(self) -> Iterator[None]:
+        """Judging a client is not its work: what is computed meanwhile, as a predictor that takes training, counts
+        neither as samples nor as time."""
         kept = self.computed, self.last_loss
         self.computed = Computed()
         try:

@@ -166,7 +166,10 @@ class Worker:
             at.stage = "client_update"
             update, own = self.method.client_update(phase, site, message, own)
             at.stage = "trained_model"
-            after = self._trained(site, message, update, own) if job.judge else None
+            after = None
+            if job.judge:
+                with site.uncounted():
+                    after = site.evaluate(self.method.trained_model(site, message, update, own))
             update, kept = self._close(update, own)
         reach("client-after")
         done = site.computed
@@ -202,7 +205,7 @@ class Worker:
                 at.stage = "client_update"
                 update, own = self.method.client_update(phase, site, message, own)
                 at.stage = "trained_model"
-                after = self._trained(site, message, update, own)
+                after = site.evaluate(self.method.trained_model(site, message, update, own))
         return before, after, valid
 
     def do_aggregate(
@@ -246,12 +249,8 @@ class Worker:
         return Host(self.place, self._pool, version, phase)
 
     def _judge(self, site: Site, message: Tree, own: Tree) -> Score:
-        with site.aside():
+        with site.uncounted():
             return site.evaluate(self.method.personal_model(site, message, own))
-
-    def _trained(self, site: Site, message: Tree, update: Tree, own: Tree) -> Score:
-        with site.aside():
-            return site.evaluate(self.method.trained_model(site, message, update, own))
 
     def _own(self, site: Site, state: Tree) -> Tree:
         return self.method.init_client(site) if state is None else state

@@ -43,6 +43,9 @@ NAMES = {
     "fedcompass": "FedCompass",
     "apfl": "APFL",
     "pfedme": "pFedMe",
+    "per-fedavg": "Per-FedAvg",
+    "fedd2s": "FedD2S",
+    "pfedgate": "pFedGate",
 }
 """Spellings that the rule of :func:`display` does not give."""
 
