@@ -71,6 +71,9 @@ _WHERE = {
     "apfl": ("apfl", "APFL"),
     "per-fedavg": ("perfedavg", "PerFedAvg"),
     "spectral": ("spectral", "Spectral"),
+    "ifca": ("ifca", "IFCA"),
+    "fedem": ("fedem", "FedEM"),
+    "fedrc": ("fedrc", "FedRC"),
 }
 
 NAMES = tuple(_WHERE)
