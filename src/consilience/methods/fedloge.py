@@ -108,11 +108,12 @@ class FedLoGe(Method):
 
     Source: Xiao, Chen, Liu, Feng, Wu, Liu, Zhou, Yang, Liu, "FedLoGe: Joint Local and Generic Federated Learning under
     Long-tailed Data", ICLR 2024, and its official code, from which s_g = 1.7 comes. s = 1 is the text's; the code has
-    0.1, with which the body learned much more slowly in short runs here. Deviations: zeros are dealt out evenly, so that no class loses all of its numbers; V is moved by
-    ``frame_steps`` steps of Adam of 1e-3 (1,000, for the code's 10,000 of 1e-4), and travels in every round instead of
-    once, so that clients that could not be reached at first have it; realignment happens whenever a model is asked for,
-    not once at the end; classes are hidden by the client's training rows (by its test rows in the code, which a client
-    cannot know), and by a low score, where the code sets weights to -1e10.
+    0.1, with which the body learned much more slowly in short runs here. Deviations: zeros are dealt out evenly, so
+    that no class loses all of its numbers; V is moved by ``frame_steps`` steps of Adam of 1e-3 (1,000, for the code's
+    10,000 of 1e-4), and travels in every round instead of once, so that clients that could not be reached at first have
+    it; realignment happens whenever a model is asked for, not once at the end; classes are hidden by the client's
+    training rows (by its test rows in the code, which a client cannot know), and by a low score, where the code sets
+    weights to -1e10.
     """
 
     name = "fedloge"
