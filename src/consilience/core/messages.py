@@ -170,12 +170,14 @@ class Score(NamedTuple):
     """How a predictor does on one split of one client: rows, mean loss, share right (None for regression).
 
     groups: for each sensitive attribute, int64 counts ``(group, label, prediction)``; None without attributes.
+    cluster: of clients, that this one is in; None where the method makes none.
     """
 
     n: int
     loss: float
     accuracy: float | None
     groups: tuple[Tensor, ...] | None = None
+    cluster: int | None = None
 
 
 @record

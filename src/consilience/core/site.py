@@ -104,7 +104,7 @@ class Site:
         """Mean training loss of the first fit, which is the training; later ones are a method's own business."""
         self.together = together
         """Whom to ask for gradients, where clients run in step."""
-        self._pool, self._judging = pool, False
+        self._pool = pool
 
     @property
     def public(self) -> Split:
@@ -138,7 +138,7 @@ class Site:
 
     def bind(self, weights: Weights, model: str = "") -> nn.Module:
         """A module holding ``weights``, in evaluation mode; its parameters take no gradient."""
-        return self.borrow(model).fill(weights, train=False, tally=None if self._judging else self.computed.more)
+        return self.borrow(model).fill(weights, train=False, tally=self.computed.more)
 
     def cast(self, data: Split) -> Split:
         """Data in the dtype of the site's architecture."""
@@ -187,11 +187,8 @@ class Site:
         rows = self.test if data is None else data
         if found is None or not len(rows):
             return Score(0, 0.0, None)
-        self._judging = True  # evaluation is not part of the work
-        try:
+        with self.uncounted():
             scores = self.scores(found, rows.x)
-        finally:
-            self._judging = False
         return score(self.task, scores, self.cast(rows).y, rows.sensitive)
 
     @contextmanager

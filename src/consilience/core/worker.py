@@ -198,7 +198,7 @@ class Worker:
             message, own = self._open(site, message, state)
             at.stage = "personal_model"
             deployed = self.method.personal_model(site, message, own)
-            before = site.evaluate(deployed)
+            before = site.evaluate(deployed)._replace(cluster=self.method.cluster(site, message, own))
             valid = site.evaluate(deployed, site.valid) if len(site.valid) else None
             after = None
             if train and before.n and len(site.train):  # without test rows there is nothing to learn from it

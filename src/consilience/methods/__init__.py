@@ -71,6 +71,9 @@ _WHERE = {
     "pfedme": ("pfedme", "PFedMe"),
     "apfl": ("apfl", "APFL"),
     "per-fedavg": ("perfedavg", "PerFedAvg"),
+    "ifca": ("ifca", "IFCA"),
+    "fedem": ("fedem", "FedEM"),
+    "fedrc": ("fedrc", "FedRC"),
 }
 
 NAMES = tuple(_WHERE)
