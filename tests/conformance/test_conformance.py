@@ -63,6 +63,8 @@ COMPOSED = {
     "fedprox-fedce": Case(FedProx(weights="fedce", aggregator="trimmed:0.2")),
     "fedadam-fedau": Case(FedAdam(weights="fedau", aggregator="upgrad")),
     "fedavg-ida": Case(FedAvg(weights="ida", aggregator="rfa")),
+    "scaffold-ccvr": Case(Scaffold(then="ccvr:20")),
+    "fedprox-fedce-ccvr": Case(FedProx(weights="fedce", aggregator="median", then="ccvr:20")),
 }
 """Methods combined otherwise than they do themselves."""
 ROUGH = {"fleet": "phones", "drops": 0.15}
@@ -87,6 +89,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "flexifed": {"strategy": "basic"},
     "fedlex": {"explore_epochs": 2, "patience": 1},
     "fald": {"burn_in": 1, "thin": 2, "keep": 2},
+    "ccvr": {"virtual": 20},
+    "fedloge": {"frame_steps": 20},
     "fedetf": {"personal_rounds": 2},
 }
 """Options without which a method does not fit a federation of five clients, or a test, or shows less of its state."""

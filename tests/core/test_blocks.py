@@ -74,6 +74,15 @@ def test_the_methods_that_want_no_more_than_sums() -> None:
         "fedmoswa",
         "lgfedavg",
         "fml",
+        "fedper",
+        "fedrep",
+        "fedsim",
+        "fedalt",
+        "ditto",
+        "pfedme",
+        "apfl",
+        "per-fedavg",
+        "spectral",
     ]
 
 

@@ -32,6 +32,8 @@ _WHERE = {
     "fedlex": ("fedlex", "FedLEx"),
     "fald": ("fald", "FALD"),
     "fedetf": ("fedetf", "FedETF"),
+    "ccvr": ("ccvr", "CCVR"),
+    "fedloge": ("fedloge", "FedLoGe"),
     "feddisco": ("feddisco", "FedDisco"),
     "ida": ("ida", "IDA"),
     "fedce": ("fedce", "FedCE"),
@@ -61,6 +63,18 @@ _WHERE = {
     "feddf": ("feddf", "FedDF"),
     "knfu": ("knfu", "KnFu"),
     "mhd": ("mhd", "MHD"),
+    "fedper": ("fedper", "FedPer"),
+    "fedrep": ("fedper", "FedRep"),
+    "fedsim": ("fedper", "FedSim"),
+    "fedalt": ("fedper", "FedAlt"),
+    "ditto": ("ditto", "Ditto"),
+    "pfedme": ("pfedme", "PFedMe"),
+    "apfl": ("apfl", "APFL"),
+    "per-fedavg": ("perfedavg", "PerFedAvg"),
+    "spectral": ("spectral", "Spectral"),
+    "ifca": ("ifca", "IFCA"),
+    "fedem": ("fedem", "FedEM"),
+    "fedrc": ("fedrc", "FedRC"),
 }
 
 NAMES = tuple(_WHERE)
