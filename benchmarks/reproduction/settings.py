@@ -48,6 +48,10 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
             "batch_size": 64,
         },
     ),
+    "long-tail": (
+        "Fashion-MNIST, Dirichlet 0.5 with a long tail of 50, all 10 clients, 3 epochs, LeNet",
+        {**FASHION, "clients": 10, "partition": "dirichlet:0.5+longtail:50", "local_epochs": 3},
+    ),
     "logistic": (
         "Fashion-MNIST, Dirichlet 0.5, all 10 clients, 1 epoch, logistic regression",
         {**FASHION, "clients": 10, "partition": "dirichlet:0.5", "model": "logistic"},

@@ -12,6 +12,14 @@ from benchmarks.reproduction.settings import SETTINGS
 from consilience.measure.contrasts import Difference, differences
 
 
+def values(row: Row, result: dict[str, Any]) -> list[float]:
+    """A result's score on each seed."""
+    if row.score == "final":
+        return [curve[-1] for curve in result["curve"]]
+    found: list[float] = result[row.score]
+    return found
+
+
 def compared(row: Row) -> dict[str, Difference] | None:
     """The row's method less each baseline, positive where it is better; None until all have run."""
     found = [stored(setting, label) for setting, label in needed(row)]
@@ -19,7 +27,7 @@ def compared(row: Row) -> dict[str, Difference] | None:
         return None
     sign = -100 if row.score == "ece" else 100
     scores = {
-        name: {seed: sign * value for seed, value in zip(r["seeds"], r[row.score], strict=True)}
+        name: {seed: sign * value for seed, value in zip(r["seeds"], values(row, r), strict=True)}
         for name, r in zip((*BASELINES, row.name), found, strict=True)
         if r is not None
     }
@@ -50,7 +58,7 @@ def shown(d: Difference) -> str:
 def means(row: Row) -> list[str]:
     """Mean scores in per cent of FedAvg, SCAFFOLD and the method."""
     found: list[dict[str, Any]] = [r for s, label in needed(row) if (r := stored(s, label)) is not None]
-    return [f"{100 * fmean(r[row.score]):.1f}" for r in found]
+    return [f"{100 * fmean(values(row, r)):.1f}" for r in found]
 
 
 def table() -> str:
@@ -64,8 +72,7 @@ def table() -> str:
         lines += [f"\n**{text}**\n", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for row in rows:
             name = f"[{row.name}](methods/{row.method.partition(':')[0]}.md)"
-            if row.score == "ece":
-                name += ", calibration error"
+            name += {"ece": ", calibration error", "final": ", last round"}.get(row.score, "")
             found = compared(row)
             if found is None:
                 lines.append(f"| {name} | {row.claim} |  |  |  |  |  | not run yet |")

@@ -43,6 +43,7 @@ def test_a_row_searches_lr_and_one_parameter_of_its_own(row: Row) -> None:
 def keep(folder: Path, row: Row, scores: dict[str, list[float]]) -> None:
     for name, (setting, label) in zip((*BASELINES, "own"), run.needed(row), strict=True):
         text = {"seeds": [0, 1, 2], "accuracy": scores[name], "ece": scores[name]}
+        text |= {"curve": [[0.1, value] for value in scores[name]]}
         run.kept(setting, label).write_text(json.dumps(text))
     assert len(list(folder.iterdir())) == 3
 
@@ -54,6 +55,7 @@ def keep(folder: Path, row: Row, scores: dict[str, list[float]]) -> None:
         ([0.60, 0.62, 0.61], ("fedavg", "scaffold"), "accuracy", "", "does not"),
         ([0.60, 0.62, 0.61], ("fedavg",), "ece", "", "does not"),
         ([0.40, 0.42, 0.41], ("fedavg",), "ece", "", "holds"),
+        ([0.60, 0.62, 0.61], ("fedavg",), "final", "", "holds"),
         ([0.51, 0.70, 0.51], ("fedavg",), "accuracy", "", "does not: higher, but not beyond chance"),
         ([0.60, 0.62, 0.61], ("fedavg",), "accuracy", "no data", "not testable here (no data)"),
     ],
