@@ -14,9 +14,9 @@ class Row:
 
     method: with options that stay fixed. setting: of ``settings.SETTINGS``. claim: data, setting and number of the
     paper, with what is not known said. own: its hyper-parameter that is tuned beside lr. beats: the baselines whose
-    score it must exceed for the claim to hold. score: "accuracy"
-    or "ece" (mean of the last rounds), or "final", the accuracy after the last round, of the global model. missing: why the claim itself cannot be
-    tested here; what was run is shown all the same.
+    score it must exceed for the claim to hold. score: "accuracy" or "ece" (mean of the last rounds), or "final", the
+    accuracy after the last round, of the global model. missing: why the claim itself cannot be tested here; what was
+    run is shown all the same.
     """
 
     method: str
@@ -172,6 +172,6 @@ ROWS = (
         "long-tail",
         f"above FedAvg on CIFAR-10/100-LT, 40 clients, Dirichlet 0.5, most common class 50 to 100 times the rarest; "
         f"{UNKNOWN}",
-        own="global_norm",
+        own="sparsity",
     ),
 )  # fmt: skip
