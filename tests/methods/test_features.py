@@ -130,7 +130,7 @@ def test_what_is_below_and_above_the_cut() -> None:
 def test_fedimpro_against_a_naive_client() -> None:
     """One client in its second round, on a linear model whose features are its inputs, in float64."""
     fed = federation([7], dtype=torch.float64)
-    method = FedImpro(batch_size=4, lr=0.1, ramp=4, weight=2.0, local_epochs=2)
+    method = FedImpro(batch_size=4, lr=0.1, ramp=4, weight=2.0, local_epochs=2, s_max=0.9)
     here = site(worker(method, fed, LINEAR64), 0, number=2, version=1)
     start = here.initial()
     means, deviations = random(0, CLASSES, 5), random(1, CLASSES, 5).abs() / 20
