@@ -71,7 +71,7 @@ def naive_principal(g: np.ndarray, kappa: float, *, align: bool) -> np.ndarray:
     u, s, _ = np.linalg.svd(g @ g.T / m)
     total = np.zeros(g.shape[1])
     for i in range(m):
-        for j in range(int(m * kappa)):
+        for j in range(int(m * kappa + 1e-9)):  # a share that misses a whole number by rounding counts as it
             w = g.T @ u[:, j]
             if np.sum(g @ w >= 0) < np.sum(g @ w < 0):
                 w = -w
