@@ -33,6 +33,7 @@ _WHERE = {
     "fald": ("fald", "FALD"),
     "fedetf": ("fedetf", "FedETF"),
     "ccvr": ("ccvr", "CCVR"),
+    "fedloge": ("fedloge", "FedLoGe"),
     "feddisco": ("feddisco", "FedDisco"),
     "ida": ("ida", "IDA"),
     "fedce": ("fedce", "FedCE"),
