@@ -91,6 +91,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "fedlex": {"explore_epochs": 2, "patience": 1},
     "fald": {"burn_in": 1, "thin": 2, "keep": 2},
     "ccvr": {"virtual": 20},
+    "fedloge": {"frame_steps": 20},
     "fedetf": {"personal_rounds": 2},
 }
 """Options without which a method does not fit a federation of five clients, or a test, or shows less of its state."""

@@ -82,6 +82,7 @@ def test_the_methods_that_want_no_more_than_sums() -> None:
         "pfedme",
         "apfl",
         "per-fedavg",
+        "spectral",
     ]
 
 

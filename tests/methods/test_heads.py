@@ -21,8 +21,10 @@ from consilience.core.errors import ConfigError, NeedsError
 from consilience.core.messages import Broadcast
 from consilience.core.method import Method
 from consilience.core.model import Architecture, SplitModel, Weights
+from consilience.core.predict import Net
 from consilience.core.snapshot import Snapshot
-from consilience.methods import CCVR, DPSGD, FedAvg, FedBuff, FedDisco, FedETF, Scaffold
+from consilience.methods import CCVR, DPSGD, FedAvg, FedBuff, FedDisco, FedETF, FedLoGe, Scaffold
+from consilience.methods.fedloge import Known, crowded, sparse
 from consilience.models.small import MLP
 from consilience.parts import calibration
 from consilience.parts.calibration import Gaussians, drawn, gaussians, pooled
@@ -144,6 +146,15 @@ def etf_scores(net: dict[str, Tensor], x: Tensor, m: Tensor) -> Tensor:
     return net["head.beta"] * (z / z.square().sum(1, keepdim=True).sqrt()) @ m
 
 
+def test_the_clients_own_frame_has_no_momentum_and_does_not_decay() -> None:
+    more = {"personal_rounds": 1, "projection_lr": 1e-12}
+    usual = {**USUAL, "local_steps": 1, "lr": 1e-12}
+    none, other = (trained(FedETF(**more, **usual, **o), 1) for o in ({}, {"momentum": 0.9, "weight_decay": 0.5}))
+    a, b = (snapshot.states[0].params["head.frame"] for snapshot in (none, other))
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+    assert (a - frame(CLASSES, CLASSES)).abs().max() > 1e-3
+
+
 def etf_step(net: dict[str, Tensor], x: Tensor, y: Tensor, gamma: float) -> dict[str, Tensor]:
     counts = torch.tensor([max(1, int((y == c).sum())) for c in range(CLASSES)], dtype=torch.float64)
     net = leaves(net)
@@ -180,7 +191,7 @@ def test_fedetf_against_the_equations(gamma: float) -> None:
         close(found.states[k], {n: p.detach() for n, p in own.items()})
 
 
-def test_balanced_clients_train_by_plain_cross_entropy() -> None:
+def test_balanced_clients_train_by_wholecross_entropy() -> None:
     x = torch.randn(12, FEATURES, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     y = torch.arange(12) % CLASSES
     fed = federation((12,), dtype=torch.float64)
@@ -361,3 +372,157 @@ def test_a_stage_by_name_and_a_class_of_one_row() -> None:
     one = Gaussians(*gaussians(torch.ones(1, 2), torch.tensor([1])))
     assert one.feature_covariances.tolist() == [[0.0, 0.0, 0.0]]
     assert one.feature_counts.tolist() == [1]
+
+
+# --- FedLoGe ---------------------------------------------------------------------------------------------------
+
+LOGE: dict[str, Any] = {"frame_steps": 30}
+
+
+@given(st.integers(0, 10**6), st.integers(2, 6), st.integers(0, 10), st.floats(0, 0.95))
+def test_the_sparse_simplex_has_the_zeros_it_should(seed: int, classes: int, more: int, share: float) -> None:
+    v = sparse(classes + more, classes, share, np.random.default_rng(seed))
+    whole = frame(classes + more, classes)
+    assert ((v == 0) | (v == whole)).all()
+    assert (v == 0).sum(0).tolist() == [math.floor(share * (classes + more))] * classes
+
+
+def test_moving_classes_apart_lowers_the_loss_and_keeps_zeros() -> None:
+    fed, frames = federation(dtype=torch.float64), []
+    for steps in (0, 1, 400):
+        found = worker(FedLoGe(frame_steps=steps, frame_norm=0.1), fed, architecture(Small, dtype=torch.float64))
+        frames.append(found.method.init_server(found.host(0, "init")).frame)
+    first, once, last = frames
+    assert torch.equal(first == 0, last == 0)
+    assert int((first == 0).sum()) == 2 * CLASSES
+    assert crowded(last, 0.1) < crowded(once, 0.1) < crowded(first, 0.1)
+    lengths = last.square().sum(0).sqrt()
+    assert (lengths - 0.1).abs().max() < (first.square().sum(0).sqrt() - 0.1).abs().max()
+    v = first.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(crowded(v, 0.1), v)
+    wanted = torch.where(first == 0, first, first - 1e-3 * slope.sign())  # Adam's first step
+    torch.testing.assert_close(once, wanted, rtol=1e-6, atol=1e-9)
+
+
+def test_crowded_is_the_formula() -> None:
+    v = torch.from_numpy(np.random.default_rng(0).standard_normal((5, 3)))
+    cols = [v[:, c] for c in range(3)]
+    angle = [min(math.acos(float(a @ b / (a.norm() * b.norm()))) for b in cols if b is not a) for a in cols]
+    wanted = sum((float(a.norm()) - 0.3) ** 2 for a in cols) - sum(angle) / 3
+    assert float(crowded(v, 0.3)) == pytest.approx(wanted)
+
+
+def under(v: Tensor) -> Architecture:
+    """Small noisy models whose classifier is ``v``, which does not learn."""
+
+    class Under(SplitModel):
+        def __init__(self, input_shape: tuple[int, ...], outputs: int) -> None:
+            super().__init__(NOISY.build().features, nn.Identity(), 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.features(x) @ v
+
+    return architecture(Under)
+
+
+@pytest.mark.parametrize("form", ["model", "delta"])
+def test_the_body_learns_as_if_there_were_no_other_head(form: Any) -> None:
+    usual = {**USUAL, "form": form}
+    found = trained(FedLoGe(**LOGE, **usual), 3, NOISY, cohort=3).server
+    at = worker(FedAvg(**usual), federation(), under(found.frame))
+    start = NOISY.initial(0)
+    inner = {n: p for n, p in start.params.items() if n not in head_of(start)}
+    object.__setattr__(at.place, "initial", Weights(inner, start.buffers))
+    other = loop(at, 3, cohort=3).snapshots[3].server.model
+    assert {n: tr.digest(found.model.params[n]) for n in inner} == {n: tr.digest(p) for n, p in other.params.items()}
+    assert tr.digest(found.model.buffers) == tr.digest(other.buffers)
+
+
+def test_fedloge_against_the_equations() -> None:
+    fed = federation(dtype=torch.float64)
+    rows = [fed.data(k).train for k in range(len(SIZES))]
+    method = FedLoGe(**LOGE, **WHOLE)
+    at = worker(method, fed, SMALL64)
+    found = loop(at, 3).snapshots[3]
+    v = at.method.init_server(at.host(0, "init")).frame
+    assert torch.equal(found.server.frame, v)
+    net = dict(SMALL64.initial(0).params)
+    own = [{n: net[n] for n in ("head.weight", "head.bias")} for _ in rows]
+
+    def hidden(net: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.relu(x @ net["features.1.weight"].T + net["features.1.bias"])
+
+    def linear(head: dict[str, Tensor], h: Tensor) -> Tensor:
+        return h @ head["head.weight"].T + head["head.bias"]
+
+    for _ in range(3):
+        ends = []
+        for k, r in enumerate(rows):
+            end = net
+            for _ in range(2):
+                end, own[k] = leaves(end), leaves(own[k])
+                h = hidden(end, r.x)
+                still = h.detach()
+                body = descend(end, ce(h @ v, r.y), LR, ("features.1.weight", "features.1.bias"))
+                head = descend(end, ce(linear(end, still), r.y), LR, ("head.weight", "head.bias"))
+                own[k] = descend(own[k], ce(linear(own[k], still), r.y), LR)
+                end = {n: (head if n.startswith("head") else body)[n].detach() for n in end}
+            ends.append(end)
+        net = {n: sum(s * e[n] for s, e in zip(SIZES, ends, strict=True)) / sum(SIZES) for n in net}
+    close(found.server.model, net)
+    x = fed.test.x
+    with torch.no_grad():
+        h = hidden(net, x)
+        lengths = net["head.weight"].norm(dim=1)
+        wanted = 1.7 * h @ (net["head.weight"] / lengths[:, None]).T + net["head.bias"]
+        predictor = at.method.global_model(found.server)
+        torch.testing.assert_close(at.host(3, "x").scores(predictor, x), wanted)
+        rows_of = predictor.weights.params["head.weight"].norm(dim=1)
+        torch.testing.assert_close(rows_of, torch.full_like(rows_of, 1.7))
+        for k, r in enumerate(rows):
+            g = {**net, "head.weight": net["head.weight"] * own[k]["head.weight"].norm(dim=1)[:, None]}
+            wanted = linear(g, h) + linear(own[k], h)
+            state = found.states[k]
+            torch.testing.assert_close(state.params["weight"], own[k]["head.weight"])
+            scores = at.host(3, "x").scores(at.method.personal_model(site(at, k), found.server, state), x)
+            here = r.y.unique()
+            torch.testing.assert_close(scores[:, here], wanted[:, here])
+            away = [c for c in range(CLASSES) if c not in here]
+            if away:
+                worst = wanted[:, here].min(1).values - 50
+                torch.testing.assert_close(scores[:, away], worst[:, None].expand(-1, len(away)))
+    assert any(len(r.y.unique()) < CLASSES for r in rows), "somebody lacks a class"
+
+
+def test_absent_classes_are_never_predicted_and_losses_stay_finite() -> None:
+    at = worker(FedLoGe(**LOGE), federation(), LINEAR)
+    start = LINEAR.initial(0)
+    bias = torch.tensor([0.0, 1e4, 0.0])
+    known = Known(Net(Weights({**start.params, "head.bias": bias}, {})), torch.tensor([1]))
+    scores = at.host(0, "x").scores(known, torch.randn(20, FEATURES))
+    assert (scores.argmax(1) != 1).all()
+    assert scores.isfinite().all()
+
+
+def test_models_without_room_for_the_simplex_are_refused() -> None:
+    class Narrow(MLP):
+        def __init__(self, input_shape: tuple[int, ...], outputs: int) -> None:
+            super().__init__(input_shape, outputs, (2,))
+
+    class Deep(SplitModel):
+        def __init__(self, input_shape: tuple[int, ...], outputs: int) -> None:
+            head = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, outputs))
+            super().__init__(nn.Flatten(), head, 5)
+
+    for factory, why in ((Narrow, "at least as many features"), (Deep, "one linear layer")):
+        with pytest.raises(NeedsError, match=why):
+            worker(FedLoGe(), federation(), architecture(factory))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_momentum_of_the_clients_is_not_the_simplexs(optimizer: str) -> None:
+    more: dict[str, Any] = {"momentum": 0.5} if optimizer == "sgd" else {}
+    found = trained(FedLoGe(optimizer=optimizer, weight_decay=0.1, **more, **LOGE, **USUAL), 1, NOISY)
+    usual = trained(FedLoGe(**LOGE, **USUAL), 1, NOISY)
+    assert torch.equal(found.server.frame, usual.server.frame)
+    assert tr.digest(found.server.model) != tr.digest(usual.server.model)

@@ -252,3 +252,37 @@ def test_runs_in_float64(name: str, personal: str) -> None:
     for k in seen:
         for n in own:
             torch.testing.assert_close(result.states[k].params[n].double(), mine[k][n], rtol=1e-4, atol=2e-5)
+
+
+# --- adapters --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mlp:12x8", "lenet", "cnn", "resnet8", "resnet14:batchnorm", "vgg5"])
+def test_adapters_begin_as_nothing(name: str) -> None:
+    model, bare = architecture(f"{name}+adapter", (1, 16, 16), 4), architecture(name, (1, 16, 16), 4)
+    weights = model.initial(0)
+    own = divided(model, "adapter").own
+    assert own
+    assert set(bare.spec.params) == set(weights.params) - own
+    x = torch.randn(3, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    whole, without = model.build().eval(), bare.build().eval()
+    whole.load_state_dict({**weights.params, **weights.buffers})
+    without.load_state_dict({n: t for part in weights for n, t in part.items() if n not in own})
+    assert torch.equal(whole(x), without(x))
+
+
+def test_models_that_cannot_have_adapters() -> None:
+    for name, words in (("logistic+adapter", "Sequential"), ("mlp+adapter@0.5", "nested"), ("mpl+adapter", "mlp")):
+        with pytest.raises(ConfigError, match=words):
+            architecture(name, (1, 8, 8), 4).build()
+
+
+def test_clients_keep_their_adapters() -> None:
+    data = consilience.make_federation("digits", clients=4, partition="shards:3", seed=1)
+    result = consilience.run(
+        FedAlt(personal="adapter", **USUAL), data, rounds=2, model="mlp:16+adapter", executor="serial", seed=0
+    )
+    assert not any("adapter" in name for name in result.server.model.params)
+    states = list(result.states.values())
+    assert all(name.startswith("features.adapter2.") for state in states for name in state.params)
+    assert all(bool(state.params["features.adapter2.up.weight"].any()) for state in states)

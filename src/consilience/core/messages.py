@@ -183,7 +183,8 @@ class Score(NamedTuple):
 @record
 class Work(NamedTuple):
     """What a job did: update to send, samples, steps and FLOP computed, training loss, judgements if asked for.
-    seconds: of real time, where a job is done far away; else 0, so that a job's result is the same at any speed."""
+    seconds: of real time, where a job is done far away; else 0, so that a job's result is the same at any speed.
+    behind: samples, steps and FLOP of that which were computed while messages travelled."""
 
     update: Tree
     samples: int
@@ -193,6 +194,7 @@ class Work(NamedTuple):
     after: Score | None = None
     flops: float = 0.0
     seconds: float = 0.0
+    behind: tuple[int, int, float] | None = None
 
 
 @record

@@ -100,6 +100,8 @@ class Site:
         self.streams = Streams(place.seed, job.client, job.number, phase)
         self.computed = Computed()
         """What has been computed so far."""
+        self.behind = Computed()
+        """The part of it that is done while messages travel."""
         self.last_loss = float("nan")
         """Mean training loss of the first fit, which is the training; later ones are a method's own business."""
         self.together = together
@@ -192,15 +194,26 @@ class Site:
         return score(self.task, scores, self.cast(rows).y, rows.sensitive)
 
     @contextmanager
-    def uncounted(self) -> Iterator[None]:
-        """Judging a client is not its work: what is computed meanwhile, as a predictor that takes training, counts
-        neither as samples nor as time."""
-        kept = self.computed, self.last_loss
-        self.computed = Computed()
+    def meanwhile(self) -> Iterator[None]:
+        """What is computed here is done while the update and the next broadcast travel: it counts as work, but takes
+        virtual time only as far as it lasts longer than the transfers do."""
+        before = Computed(self.computed.samples, self.computed.steps, self.computed.flops)
         try:
             yield
         finally:
-            self.computed, self.last_loss = kept
+            now = self.computed
+            self.behind.add(now.samples - before.samples, now.steps - before.steps, now.flops - before.flops)
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Judging a client is not its work: what is computed meanwhile, as a predictor that takes training, counts
+        neither as samples nor as time."""
+        kept = self.computed, self.behind, self.last_loss
+        self.computed, self.behind = Computed(), Computed()
+        try:
+            yield
+        finally:
+            self.computed, self.behind, self.last_loss = kept
 
     @contextmanager
     def _scope(self) -> Iterator[None]:

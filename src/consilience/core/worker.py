@@ -172,8 +172,11 @@ class Worker:
                     after = site.evaluate(self.method.trained_model(site, message, update, own))
             update, kept = self._close(update, own)
         reach("client-after")
-        done = site.computed
-        return Work(update, done.samples, done.steps, site.last_loss, before, after, done.flops), kept
+        done, behind = site.computed, site.behind
+        work = Work(update, done.samples, done.steps, site.last_loss, before, after, done.flops)
+        if behind.samples:
+            work = work._replace(behind=(behind.samples, behind.steps, behind.flops))
+        return work, kept
 
     def do_mix(self, shared: Tree, job: Job, inbox: Inbox, state: Tree) -> Tree:
         """A node's state after an exchange with its neighbours."""

@@ -45,9 +45,8 @@ class FedETF(Method):
     this head (bit for bit with gamma = 0).
 
     Source: Li, Shang, He, Lin, Wu, "No Fear of Classifier Biases: Neural Collapse Inspired Federated Learning with
-    Synthetic and Fixed Classifier", ICCV 2023, and its official code, which also has C numbers in z. Deviations: in
-    personalising, features are computed once, in evaluation mode, and momentum and weight decay are the method's own
-    for M as well (the code has neither for M).
+    Synthetic and Fixed Classifier", ICCV 2023, and its official code, which also has C numbers in z. Deviation: in
+    personalising, features are computed once, in evaluation mode.
     """
 
     name = "fedetf"
@@ -115,9 +114,10 @@ class FedETF(Method):
         seen, head = Split(z, site.train.y), alone(head_of(own))
         for i in range(self.personal_rounds):
             for part, lr in (("frame", self.frame_lr), ("projection.", self.projection_lr)):
+                plain = 0.0 if part == "frame" else None  # M has no momentum and does not decay
                 fit = site.fit(
                     head, data=seen, model=HEAD, trainable=lambda name, part=part: name.startswith(part), epochs=3,
-                    lr=lr, optimizer="sgd", purpose=f"{part}{i}",
+                    lr=lr, optimizer="sgd", momentum=plain, weight_decay=plain, purpose=f"{part}{i}",
                 )  # fmt: skip
                 head = fit.weights
         return with_head(own, rejoined(head))

@@ -44,8 +44,7 @@ NAMES = {
     "apfl": "APFL",
     "pfedme": "pFedMe",
     "per-fedavg": "Per-FedAvg",
-    "fedd2s": "FedD2S",
-    "pfedgate": "pFedGate",
+    "spectral": "Spectral co-distillation",
 }
 """Spellings that the rule of :func:`display` does not give."""
 
