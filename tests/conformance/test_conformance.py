@@ -81,6 +81,7 @@ SCHEDULES = {
 SMALL: dict[str, dict[str, Any]] = {
     "fedbuff": {"buffer": 2},
     "fedcompass": {"least": 2, "most": 8},
+    "cfl": {"wait": 1, "eps1": 9.0, "eps2": 0.0},
     "feddistill": {"exclude_own": True},
     "fedtgp": {"server_epochs": 2},
     "feddf": {"server_steps": 3},

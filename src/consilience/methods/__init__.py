@@ -79,6 +79,7 @@ _WHERE = {
     "ifca": ("ifca", "IFCA"),
     "fedem": ("fedem", "FedEM"),
     "fedrc": ("fedrc", "FedRC"),
+    "cfl": ("cfl", "CFL"),
 }
 
 NAMES = tuple(_WHERE)
