@@ -81,6 +81,7 @@ SCHEDULES = {
 SMALL: dict[str, dict[str, Any]] = {
     "fedbuff": {"buffer": 2},
     "fedcompass": {"least": 2, "most": 8},
+    "cfl": {"wait": 1, "eps1": 9.0, "eps2": 0.0},
     "feddistill": {"exclude_own": True},
     "fedtgp": {"server_epochs": 2},
     "feddf": {"server_steps": 3},
@@ -88,6 +89,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "fedmd": {"warm_up": 1},
     "flexifed": {"strategy": "basic"},
     "fedlex": {"explore_epochs": 2, "patience": 1},
+    "fedimpro": {"ramp": 2, "cut": 1, "statistics": "pooled"},
+    "ggeur": {"target": 30},
+    "fedcog": {"start": 1, "images": 16, "generate_steps": 3},
     "fald": {"burn_in": 1, "thin": 2, "keep": 2},
     "ccvr": {"virtual": 20},
     "fedloge": {"frame_steps": 20},

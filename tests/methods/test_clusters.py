@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import LINEAR64, NOISY, federation, loop, site, worker
+from helpers import LINEAR64, NOISY, federation, loop, reply, site, worker
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import adjusted_rand_score
@@ -17,9 +17,11 @@ import consilience
 from consilience.core import tree as tr
 from consilience.core.errors import ConfigError
 from consilience.core.messages import ClientInfo
+from consilience.core.method import Phase
 from consilience.core.snapshot import Snapshot
 from consilience.measure.metrics import adjusted_rand
-from consilience.methods import IFCA, FedAvg, FedEM, FedRC
+from consilience.methods import CFL, IFCA, FedAvg, FedEM, FedRC
+from consilience.methods.cfl import Down, Server, Up, Walk, agglomerate, cosines
 from consilience.parts import components
 
 USUAL: dict[str, Any] = {"batch_size": 4, "lr": 0.1, "local_epochs": 2}
@@ -29,8 +31,8 @@ def trained(method: Any, rounds: int = 3, **more: Any) -> Snapshot:
     return loop(worker(method, model=NOISY), rounds, cohort=3, **more).snapshots[rounds]
 
 
-def result(method: Any, **options: Any) -> consilience.Result:
-    made = {"clients": 12, "partition": "permute:3", "unseen": 0.25, "seed": 3, "split": (0.7, 0.0, 0.3)}
+def result(method: Any, partition: str = "permute:3", **options: Any) -> consilience.Result:
+    made = {"clients": 12, "partition": partition, "unseen": 0.25, "seed": 3, "split": (0.7, 0.0, 0.3)}
     fed = consilience.make_federation("digits", **made)
     return consilience.run(method, fed, **{"model": "logistic", "rounds": 12, "executor": "serial", **options})
 
@@ -203,3 +205,96 @@ def test_groups_are_found_and_unseen_clients_join(method: Any, rand: float) -> N
 def test_finding_clusters_in_judging_is_no_work() -> None:
     quiet, often = (result(FedEM(), rounds=3, eval_clients_every=k) for k in (0, 1))
     assert quiet.snapshot.totals == often.snapshot.totals
+
+
+# --- CFL -------------------------------------------------------------------------------------------------------
+
+
+def test_cfl_that_never_splits_is_uniform_fedavg() -> None:
+    plain = trained(FedAvg(weights="uniform", form="delta", **USUAL))
+    whole = trained(CFL(eps1=0.0, eps2=0.0, wait=0, **USUAL))
+    assert tr.digest(whole.server.forest.models[0]) == tr.digest(plain.server.model)
+    assert tr.digest(trained(CFL(eps1=9, eps2=0, wait=0, **USUAL)).server.forest) != tr.digest(whole.server.forest)
+
+
+def opposite(signs: list[int], **options: Any) -> tuple[CFL, Server]:
+    """A server after updates of two kinds, those of a kind alike and of length about 1."""
+    method = CFL(**{"eps1": 0.4, "eps2": 0.5, "wait": 0, **options})
+    host = worker(method, federation(dtype=torch.float64), LINEAR64).host(0, "train")
+    server, rng = method.init_server(host), np.random.default_rng(0)
+    model = server.forest.models[0]
+    axis = {k: torch.from_numpy(rng.standard_normal(v.shape)) for k, v in model.params.items()}
+    axis = tr.scale(axis, 1 / tr.norm(axis))
+
+    def noisy(t: torch.Tensor) -> torch.Tensor:
+        return t + torch.from_numpy(rng.standard_normal(t.shape)) * 0.05
+
+    deltas = [tr.tree_map(noisy, tr.scale(axis, sign)) for sign in signs]
+    replies = [reply(i, Up(delta, {}, 0)) for i, delta in enumerate(deltas)]
+    return method, method.aggregate(Phase("train"), host, server, replies, range(len(signs)))
+
+
+def test_opposite_updates_are_split_into_their_groups() -> None:
+    signs = [1, -1, -1, 1, 1, -1]
+    _, server = opposite(signs)
+    groups = [server.of[i] for i in range(6)]
+    assert adjusted_rand(groups, signs) == 1
+    assert sorted(server.forest.models) == [1, 2]
+    start = LINEAR64.initial(0).params["head.bias"]
+    for leaf, split in server.forest.splits[0].directions.items():
+        moved = server.forest.models[leaf].params["head.bias"] - start
+        torch.testing.assert_close(
+            moved / moved.norm(), split["head.bias"] / split["head.bias"].norm(), atol=0.05, rtol=0
+        )
+
+
+@pytest.mark.parametrize(
+    ("signs", "options"),
+    [([1, 1, 1, 1], {}), ([1, -1], {}), ([1, -1, 1, -1], {"wait": 1}), ([1, -1, 1, -1], {"eps2": 3.0})],
+)
+def test_what_is_alike_few_or_early_stays_whole(signs: list[int], options: dict[str, Any]) -> None:
+    assert list(opposite(signs, **options)[1].forest.models) == [0]
+
+
+def test_the_gap_of_the_paper() -> None:
+    assert len(opposite([1, -1, 1, -1], gap=0.5)[1].forest.models) == 2
+    method, near = (
+        CFL(eps1=9, eps2=0, wait=0, gap=0.9),
+        [{"w": torch.tensor(v)} for v in ([1.0, 0], [1, 0.1], [1, 0.9])],
+    )
+    host = worker(method).host(0, "train")
+    server = method.init_server(host)
+    assert method.divide(host, server, near) == [0, 0, 0]
+    assert CFL(eps1=9, eps2=0, wait=0).divide(host, server, near) == [0, 0, 1]
+
+
+def test_complete_linkage_of_cosines() -> None:
+    near = cosines([{"w": torch.tensor(v)} for v in ([1.0, 0.0], [0.0, 0.0], [-2.0, 0.0], [3.0, 3.0])])
+    np.testing.assert_allclose(near[0], [1, 0, -1, 0.5**0.5], atol=1e-12)
+    assert agglomerate(1 - near, "complete", count=2)[0] != agglomerate(1 - near, "complete", count=2)[2]
+    assert agglomerate(1 - near, "complete", below=5.0) == [0] * 4
+
+
+def test_cfl_finds_groups_and_lets_others_walk_down() -> None:
+    method = CFL(lr=0.3, eps1=0.3, eps2=0.5, wait=6)
+    found = result(method, "permute:2", rounds=10)
+    last, server = found.history[-1], found.server
+    assert last["clusters"]["rand"] == 1.0
+    assert last["clusters"]["rand_unseen"] == 1.0
+    assert found.global_model is None
+    assert last["method"]["clusters"] == len(server.forest.models)
+    assert set(server.of.values()) == set(server.forest.models)
+    at = found.worker
+    seen, unseen = int(at.federation.seen[0]), min(at.federation.unseen)
+    info = [ClientInfo(c, 1, "logistic", at.place.architectures) for c in (seen, unseen)]
+    first, second = (method.broadcast(Phase("train"), server, i) for i in info)
+    assert isinstance(first, Down)
+    assert isinstance(second, Walk)
+
+
+def test_clients_that_missed_a_split_walk() -> None:
+    some = trained(CFL(eps1=9, eps2=0, wait=0, **USUAL), 1)
+    assert len(some.server.forest.models) == 2
+    assert len(some.server.of) == 3
+    more = trained(CFL(eps1=9, eps2=0, wait=0, **USUAL), 5)
+    assert set(more.server.of.values()) <= set(more.server.forest.models)

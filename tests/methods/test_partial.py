@@ -254,6 +254,18 @@ def test_runs_in_float64(name: str, personal: str) -> None:
             torch.testing.assert_close(result.states[k].params[n].double(), mine[k][n], rtol=1e-4, atol=2e-5)
 
 
+# --- joining ---------------------------------------------------------------------------------------------------
+
+
+def test_a_new_client_learns_its_part_under_the_shared_one() -> None:
+    data = consilience.make_federation("digits", clients=6, partition="shards:3", unseen=2, seed=1)
+    options: dict[str, Any] = {"rounds": 5, "model": "mlp:16", "executor": "serial", "seed": 0}
+    alone, joining = (consilience.run(FedPer(join_epochs=n, **USUAL), data, **options) for n in (0, 5))
+    assert alone.digest.splitlines()[:2] == joining.digest.splitlines()[:2]
+    assert joining.history[-1]["unseen"]["mean"] > alone.history[-1]["unseen"]["mean"] + 0.2
+    assert joining.history[-1]["samples"] == alone.history[-1]["samples"]
+
+
 # --- adapters --------------------------------------------------------------------------------------------------
 
 

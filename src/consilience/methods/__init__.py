@@ -31,6 +31,10 @@ _WHERE = {
     "fedmoswa": ("fedswa", "FedMoSWA"),
     "fedlex": ("fedlex", "FedLEx"),
     "fald": ("fald", "FALD"),
+    "fedld": ("fedld", "FedLD"),
+    "fedimpro": ("fedimpro", "FedImpro"),
+    "ggeur": ("ggeur", "GGEUR"),
+    "fedcog": ("fedcog", "FedCOG"),
     "fedetf": ("fedetf", "FedETF"),
     "ccvr": ("ccvr", "CCVR"),
     "fedloge": ("fedloge", "FedLoGe"),
@@ -75,6 +79,7 @@ _WHERE = {
     "ifca": ("ifca", "IFCA"),
     "fedem": ("fedem", "FedEM"),
     "fedrc": ("fedrc", "FedRC"),
+    "cfl": ("cfl", "CFL"),
 }
 
 NAMES = tuple(_WHERE)

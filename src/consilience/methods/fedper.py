@@ -30,8 +30,9 @@ class FedPer(Method):
 
     u: shared parameters, v_k: personal ones, which a client keeps between its rounds and never sends. ``personal`` says
     which these are: ``output`` (the head), ``input`` (the first layer), ``adapter`` (parts called so), ``none``, or
-    patterns of names as ``features.3.*,head.*``. Buffers (BatchNorm statistics) go with their layer. A new client
-    begins with the common initial v. There is no global model.
+    patterns of names as ``features.3.*,head.*``. Buffers (BatchNorm statistics) go with their layer. In training a new
+    client begins with the common initial v; one that is judged before deploys that v after ``join_epochs`` passes over
+    its own rows with u fixed. There is no global model.
 
     With personal = none it is FedAvg bit for bit. Something must be shared; where nothing is, use ``local``.
 
@@ -47,6 +48,8 @@ class FedPer(Method):
     sums = Method.means
 
     personal: str = option("output", f"what clients keep: {PERSONAL}, or patterns of names")
+
+    join_epochs: Annotated[int, Ge(0)] = option(5, "passes of a client that never took part for its personal part")
 
     def least_samples(self, phase: Phase, rows: int, steps: int | None) -> int:
         """One training with the shared part in it."""
@@ -83,14 +86,13 @@ class FedPer(Method):
 
     # --- the client's half -------------------------------------------------------------------------------------
 
-    def init_client(self, site: Site) -> Weights:
-        """The personal part of the initial model."""
-        return self._names(site.place).own_of(site.initial())
-
-    def client_update(self, phase: Phase, site: Site, message: Broadcast, state: Weights) -> tuple[Tree, Weights]:
+    def client_update(
+        self, phase: Phase, site: Site, message: Broadcast, state: Weights | None
+    ) -> tuple[Tree, Weights]:
         """Train both parts, send one and keep the other."""
         names = self._names(site.place)
-        trained = self.train_parts(site, self._whole(site, message.model, state), names)
+        own = names.own_of(site.initial()) if state is None else state
+        trained = self.train_parts(site, self._whole(site, message.model, own), names)
         return self.pack(message.model, names.shared_of(trained)), names.own_of(trained)
 
     def train_parts(self, site: Site, start: Weights, names: Names) -> Weights:
@@ -103,9 +105,17 @@ class FedPer(Method):
 
     # --- what would be deployed --------------------------------------------------------------------------------
 
-    def personal_model(self, site: Site, message: Broadcast, state: Weights) -> Predictor:
-        """The server's shared part with the own personal one."""
-        return Net(self._whole(site, message.model, state), site.model)
+    def personal_model(self, site: Site, message: Broadcast, state: Weights | None) -> Predictor:
+        """The server's shared part with the own personal one; a client without one learns it."""
+        if state is not None:
+            return Net(self._whole(site, message.model, state), site.model)
+        names = self._names(site.place)
+        start = self._whole(site, message.model, names.own_of(site.initial()))
+        if not (self.join_epochs and names.own_trained and len(site.train)):
+            return Net(start, site.model)
+        steps = n_steps(len(site.train), self.batch_size, self.join_epochs, None)
+        fit = site.fit(start, steps=steps, trainable=names.own_trained.__contains__, purpose="join")
+        return Net(self._whole(site, message.model, names.own_of(fit.weights)), site.model)
 
     def trained_model(self, site: Site, message: Broadcast, update: Tree, state: Weights) -> Predictor:
         """Both parts as the client has trained them."""
