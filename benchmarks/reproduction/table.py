@@ -56,9 +56,10 @@ def shown(d: Difference) -> str:
 
 
 def means(row: Row) -> list[str]:
-    """Mean scores in per cent of FedAvg, SCAFFOLD and the method."""
+    """Mean scores in per cent of FedAvg, SCAFFOLD and the method, with the lr that its trials chose."""
     found: list[dict[str, Any]] = [r for s, label in needed(row) if (r := stored(s, label)) is not None]
-    return [f"{100 * fmean(values(row, r)):.1f}" for r in found]
+    chosen = [r["tuned"]["trials"][r["tuned"]["best"]]["options"]["lr"] for r in found]
+    return [f"{100 * fmean(values(row, r)):.1f} (lr {lr:.2g})" for r, lr in zip(found, chosen, strict=True)]
 
 
 def table() -> str:
