@@ -84,7 +84,7 @@ def running() -> Iterator[Nodes]:
 
 @pytest.fixture
 def nodes(running: Nodes) -> Nodes:
-    """Both nodes, and no other: for a while after its end a killed one still counts, and a run would wait for its CPU."""
+    """Both nodes and no other: for a while after its end a killed one still counts, and its CPU would be waited for."""
     whole = running.whole()
     within(60, lambda: on_ray.cpus() == 2, "a cluster of two CPUs")
     return whole
