@@ -348,10 +348,7 @@ def test_a_ray_of_its_own_says_nothing_and_leaves_nothing(tmp_path: Path, interr
     else:
         assert json.loads(answer)["last"]["round"] == 2
         assert [line.split(",")[0] for line in lines] == ["fedavg: 2 rounds"]
-    for _ in range(50):
-        if not session(child.pid):
-            break
-        time.sleep(0.2)
+    within(10, lambda: not session(child.pid), "the end of Ray's processes")
     assert not session(child.pid)
 
 
