@@ -6,6 +6,7 @@ compare :func:`files` with what is there, so that the pages cannot go stale.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 import json
@@ -42,6 +43,7 @@ def files() -> dict[Path, str]:
         "compiled": compiled(),
         "architectures": architectures(),
         "cluster": cluster(),
+        "reproduction": reproduction(),
     }
     found[DOCS / "growth.svg"] = growth()
     for path in sorted(DOCS.glob("*.md")):
@@ -64,6 +66,16 @@ def architectures() -> str:
     sys.modules["architectures"] = module  # where its dataclasses look for themselves
     spec_.loader.exec_module(module)
     return f"{module.tables(module.stored()).strip()}\n"
+
+
+def reproduction() -> str:
+    """The results of ``benchmarks/reproduction``."""
+    sys.path.insert(0, str(DOCS.parent))
+    try:
+        found: str = importlib.import_module("benchmarks.reproduction.table").table()
+    finally:
+        sys.path.remove(str(DOCS.parent))
+    return found
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -63,6 +63,8 @@ COMPOSED = {
     "fedprox-fedce": Case(FedProx(weights="fedce", aggregator="trimmed:0.2")),
     "fedadam-fedau": Case(FedAdam(weights="fedau", aggregator="upgrad")),
     "fedavg-ida": Case(FedAvg(weights="ida", aggregator="rfa")),
+    "scaffold-ccvr": Case(Scaffold(then="ccvr:20")),
+    "fedprox-fedce-ccvr": Case(FedProx(weights="fedce", aggregator="median", then="ccvr:20")),
 }
 """Methods combined otherwise than they do themselves."""
 ROUGH = {"fleet": "phones", "drops": 0.15}
@@ -79,6 +81,7 @@ SCHEDULES = {
 SMALL: dict[str, dict[str, Any]] = {
     "fedbuff": {"buffer": 2},
     "fedcompass": {"least": 2, "most": 8},
+    "cfl": {"wait": 1, "eps1": 9.0, "eps2": 0.0},
     "feddistill": {"exclude_own": True},
     "fedtgp": {"server_epochs": 2},
     "feddf": {"server_steps": 3},
@@ -86,7 +89,13 @@ SMALL: dict[str, dict[str, Any]] = {
     "fedmd": {"warm_up": 1},
     "flexifed": {"strategy": "basic"},
     "fedlex": {"explore_epochs": 2, "patience": 1},
+    "fedimpro": {"ramp": 2, "cut": 1, "statistics": "pooled"},
+    "ggeur": {"target": 30},
+    "fedcog": {"start": 1, "images": 16, "generate_steps": 3},
     "fald": {"burn_in": 1, "thin": 2, "keep": 2},
+    "ccvr": {"virtual": 20},
+    "fedloge": {"frame_steps": 20},
+    "fedetf": {"personal_rounds": 2},
 }
 """Options without which a method does not fit a federation of five clients, or a test, or shows less of its state."""
 MIXED = {"models": "mlp:16*0.5,logistic*0.5", "feature_dim": 8}

@@ -72,8 +72,19 @@ def test_the_methods_that_want_no_more_than_sums() -> None:
         "fedsam",
         "fedswa",
         "fedmoswa",
+        "fedcog",
+        "fedloge",
         "lgfedavg",
         "fml",
+        "fedper",
+        "fedrep",
+        "fedsim",
+        "fedalt",
+        "ditto",
+        "pfedme",
+        "apfl",
+        "per-fedavg",
+        "spectral",
     ]
 
 

@@ -35,6 +35,10 @@ class Measures(Protocol):
         """By sensitive attribute, what clients' counts ``(group, label, prediction)`` say; a client an item."""
         ...
 
+    def agreement(self, found: Sequence[int], true: Sequence[int]) -> float:
+        """How well clusters found agree with the true groups, 1 if they are the same but for their numbers."""
+        ...
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -164,6 +168,8 @@ class Judge:
             row["model"] = self.place.model_of(client)
         if score.accuracy is not None:
             row["accuracy"] = score.accuracy
+        if score.cluster is not None:
+            row["cluster"] = score.cluster
         if score.groups is not None:
             names = self.federation.task.sensitive
             row["groups"] = {name: counts.tolist() for name, counts in zip(names, score.groups, strict=True)}
@@ -186,6 +192,8 @@ class Judge:
             record["clients"].update(self._by_model(rows))
         if unseen:
             record["unseen"] = self._across(unseen)
+        if any("cluster" in row for row in rows):
+            record["clusters"] = self._clusters([row for row in rows if "cluster" in row])
         if line.last:
             pairs = [(row["before"], row["after"]) for row in rows if "after" in row]
         else:
@@ -204,6 +212,21 @@ class Judge:
         if len(groups) < 2:
             return {}
         return {"models": {name: self._across(groups[name]) for name in sorted(groups)}}
+
+    def _clusters(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """How many clusters clients are in, the summary of each, and how well they agree with the true groups, of
+        clients that train and of those that never do."""
+        found: dict[str, Any] = {"count": len({row["cluster"] for row in rows})}
+        for name, seen in (("rand", True), ("rand_unseen", False)):
+            some = [row for row in rows if row["seen"] is seen]
+            if some and self.federation.groups is not None:
+                true = [self.federation.groups[row["client"]] for row in some]
+                found[name] = self.measures.agreement([row["cluster"] for row in some], true)
+        values: dict[int, list[float]] = {}
+        for row in rows:
+            values.setdefault(row["cluster"], []).append(row.get("accuracy", row["loss"]))
+        found["of"] = {str(k): {"clients": len(values[k]), **self._across(values[k])} for k in sorted(values)}
+        return found
 
     def _across(self, values: Sequence[float]) -> dict[str, Any]:
         return dict(self.measures.across(values, higher_is_better=self.federation.task.kind == "classification"))

@@ -68,7 +68,8 @@ class Plan:
     loss, step: see above. carry: the first state handed to ``step``. trainable: which parameters, by name.
     data: rows to train on. model: architecture name (or a dict of them, like the weights). batches: batches of
     row numbers instead of shuffled epochs. sample_weight: ``(n,)``, multiplies each row's loss. lr: a number,
-    or a function of the step number. sum_gradients: whether grad_sum is wanted. purpose: of the batch stream.
+    or a function of the step number. momentum, weight_decay: for an optimizer of the fit's own, which may have none.
+    sum_gradients: whether grad_sum is wanted. purpose: of the batch stream.
     """
 
     loss: Loss | None = None
@@ -84,6 +85,8 @@ class Plan:
     batch_size: int | None = None
     lr: float | Callable[[int], float] | None = None
     optimizer: str | None = None
+    momentum: float | None = None
+    weight_decay: float | None = None
     sum_gradients: bool = False
     purpose: str = "batches"
 
@@ -264,7 +267,8 @@ def training(site: Site, weights: Any, plan: Plan) -> Generator[float, None, Fit
     models.choose(plan.trainable)
     operator = site.task.operator if plan.loss is None else None
     name = plan.optimizer or method.optimizer
-    decay = method.weight_decay
+    decay = method.weight_decay if plan.weight_decay is None else plan.weight_decay
+    momentum = method.momentum if plan.momentum is None else plan.momentum
     loss = plan.loss or _task_loss(site, plan.sample_weight)
     added = decay if optim.split(name)[0] == "sgd" else 0.0  # other optimisers take it themselves
     grad = _Gradient(models, loss, operator, method.clip, added, plan.sum_gradients)
@@ -272,7 +276,7 @@ def training(site: Site, weights: Any, plan: Plan) -> Generator[float, None, Fit
         grad.ask = _company(site, models, plan.sample_weight)
     rate = plan.lr if plan.lr is not None else method.rate(site.job.version)
     rates = rate if callable(rate) else lambda _: rate
-    optimizer = optim.make(name, models.leaves, rates(0), method.momentum, decay)
+    optimizer = optim.make(name, models.leaves, rates(0), momentum, decay)
     batch_size = plan.batch_size or method.batch_size
     total = _length(site, plan, len(data), batch_size)
     batches: Iterator[Batch]

@@ -170,18 +170,21 @@ class Score(NamedTuple):
     """How a predictor does on one split of one client: rows, mean loss, share right (None for regression).
 
     groups: for each sensitive attribute, int64 counts ``(group, label, prediction)``; None without attributes.
+    cluster: of clients, that this one is in; None where the method makes none.
     """
 
     n: int
     loss: float
     accuracy: float | None
     groups: tuple[Tensor, ...] | None = None
+    cluster: int | None = None
 
 
 @record
 class Work(NamedTuple):
     """What a job did: update to send, samples, steps and FLOP computed, training loss, judgements if asked for.
-    seconds: of real time, where a job is done far away; else 0, so that a job's result is the same at any speed."""
+    seconds: of real time, where a job is done far away; else 0, so that a job's result is the same at any speed.
+    behind: samples, steps and FLOP of that which were computed while messages travelled."""
 
     update: Tree
     samples: int
@@ -191,6 +194,7 @@ class Work(NamedTuple):
     after: Score | None = None
     flops: float = 0.0
     seconds: float = 0.0
+    behind: tuple[int, int, float] | None = None
 
 
 @record

@@ -308,6 +308,11 @@ class Method(Training):
         None if it has nothing to deploy."""
         return Net(message.model, site.model)
 
+    def cluster(self, site: Site, message: Tree, state: Tree) -> int | None:
+        """Which cluster of clients this one is in, from 0, by the same message and state; None where there are none.
+        It is used for judging only."""
+        return None
+
     def trained_model(self, site: Site, message: Tree, update: Tree, state: Tree) -> Predictor | None:
         """A client's model right after its local training."""
         if isinstance(update, ModelUpdate):

@@ -15,7 +15,7 @@ from consilience.core.evaluate import Judge, Line
 from consilience.core.events import TICK, Decision, Event, Instant, RealTime, Start, View, draw_cohort
 from consilience.core.executor import Executor
 from consilience.core.failpoint import reach
-from consilience.core.messages import Inbox, Job, Reply, Score, Summed, Work
+from consilience.core.messages import Inbox, Job, Reply, Score, Summed, Trip, Work
 from consilience.core.method import sums_suffice
 from consilience.core.outbox import Outbox, size_of
 from consilience.core.program import Program
@@ -291,11 +291,28 @@ class Loop:
         for o, work in zip(opened, works, strict=True):
             self._take(o, work)
 
+    def _leg(self, o: _Open, work: Work, up: int) -> Trip:
+        """A job's way. What it computed behind its transfers takes the time by which it outlasts them."""
+
+        def trip(part: float) -> Trip:
+            samples, steps, flops = work.behind or (0, 0, 0.0)
+            rest = 1 - part
+            return self.setup.clock.trip(
+                o.job, o.at, down=o.down, up=up, samples=work.samples - round(rest * samples),
+                steps=work.steps - round(rest * steps), flops=work.flops - rest * flops,
+            )  # fmt: skip
+
+        if work.behind is None:
+            return trip(1.0)
+        shortest, longest = trip(0.0), trip(1.0)
+        hidden, room = longest.compute - shortest.compute, shortest.download + shortest.upload
+        return trip(1 - room / hidden) if hidden > room else shortest
+
     def _take(self, o: _Open, work: Work | None) -> None:
         """Let what a job did arrive at its time. work: None if its client does not answer."""
         work = work or NOTHING
         job, up, samples, steps, before = o.job, size_of(work.update), work.samples, work.steps, work.before
-        leg = self.setup.clock.trip(job, o.at, down=o.down, up=up, samples=samples, steps=steps, flops=work.flops)
+        leg = self._leg(o, work, up)
         if o.at + leg.seconds < o.bound:
             raise ConsilienceError(
                 f"{self.method.name}: client {job.client} computed {samples} samples, fewer than least_samples says"

@@ -100,11 +100,13 @@ class Site:
         self.streams = Streams(place.seed, job.client, job.number, phase)
         self.computed = Computed()
         """What has been computed so far."""
+        self.behind = Computed()
+        """The part of it that is done while messages travel."""
         self.last_loss = float("nan")
         """Mean training loss of the first fit, which is the training; later ones are a method's own business."""
         self.together = together
         """Whom to ask for gradients, where clients run in step."""
-        self._pool, self._judging = pool, False
+        self._pool = pool
 
     @property
     def public(self) -> Split:
@@ -138,7 +140,7 @@ class Site:
 
     def bind(self, weights: Weights, model: str = "") -> nn.Module:
         """A module holding ``weights``, in evaluation mode; its parameters take no gradient."""
-        return self.borrow(model).fill(weights, train=False, tally=None if self._judging else self.computed.more)
+        return self.borrow(model).fill(weights, train=False, tally=self.computed.more)
 
     def cast(self, data: Split) -> Split:
         """Data in the dtype of the site's architecture."""
@@ -187,12 +189,31 @@ class Site:
         rows = self.test if data is None else data
         if found is None or not len(rows):
             return Score(0, 0.0, None)
-        self._judging = True  # evaluation is not part of the work
-        try:
+        with self.uncounted():
             scores = self.scores(found, rows.x)
-        finally:
-            self._judging = False
         return score(self.task, scores, self.cast(rows).y, rows.sensitive)
+
+    @contextmanager
+    def meanwhile(self) -> Iterator[None]:
+        """What is computed here is done while the update and the next broadcast travel: it counts as work, but takes
+        virtual time only as far as it lasts longer than the transfers do."""
+        before = Computed(self.computed.samples, self.computed.steps, self.computed.flops)
+        try:
+            yield
+        finally:
+            now = self.computed
+            self.behind.add(now.samples - before.samples, now.steps - before.steps, now.flops - before.flops)
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Judging a client is not its work: what is computed meanwhile, as a predictor that takes training, counts
+        neither as samples nor as time."""
+        kept = self.computed, self.behind, self.last_loss
+        self.computed, self.behind = Computed(), Computed()
+        try:
+            yield
+        finally:
+            self.computed, self.behind, self.last_loss = kept
 
     @contextmanager
     def _scope(self) -> Iterator[None]:

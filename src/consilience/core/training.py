@@ -44,5 +44,6 @@ class Training:
         "samples", "a client's weight: n_k / sum n, 1 / cohort, or by a rule: disco, ida, fedau, fedce"
     )
     aggregator: str = option("mean", "how updates combine: mean, median, trimmed:F, rfa, upgrad or mgda")
+    then: str = option("none", "after the last round: none, or ccvr[:M] (the head refitted on M virtual rows a class)")
     form: Literal["model", "delta"] = option("model", "clients send models or differences")
     buffers: Literal["average", "local"] = option("average", "BatchNorm statistics: averaged like weights, or kept")

@@ -166,11 +166,17 @@ class Worker:
             at.stage = "client_update"
             update, own = self.method.client_update(phase, site, message, own)
             at.stage = "trained_model"
-            after = site.evaluate(self.method.trained_model(site, message, update, own)) if job.judge else None
+            after = None
+            if job.judge:
+                with site.uncounted():
+                    after = site.evaluate(self.method.trained_model(site, message, update, own))
             update, kept = self._close(update, own)
         reach("client-after")
-        done = site.computed
-        return Work(update, done.samples, done.steps, site.last_loss, before, after, done.flops), kept
+        done, behind = site.computed, site.behind
+        work = Work(update, done.samples, done.steps, site.last_loss, before, after, done.flops)
+        if behind.samples:
+            work = work._replace(behind=(behind.samples, behind.steps, behind.flops))
+        return work, kept
 
     def do_mix(self, shared: Tree, job: Job, inbox: Inbox, state: Tree) -> Tree:
         """A node's state after an exchange with its neighbours."""
@@ -195,7 +201,7 @@ class Worker:
             message, own = self._open(site, message, state)
             at.stage = "personal_model"
             deployed = self.method.personal_model(site, message, own)
-            before = site.evaluate(deployed)
+            before = site.evaluate(deployed)._replace(cluster=self.method.cluster(site, message, own))
             valid = site.evaluate(deployed, site.valid) if len(site.valid) else None
             after = None
             if train and before.n and len(site.train):  # without test rows there is nothing to learn from it
@@ -246,7 +252,8 @@ class Worker:
         return Host(self.place, self._pool, version, phase)
 
     def _judge(self, site: Site, message: Tree, own: Tree) -> Score:
-        return site.evaluate(self.method.personal_model(site, message, own))
+        with site.uncounted():
+            return site.evaluate(self.method.personal_model(site, message, own))
 
     def _own(self, site: Site, state: Tree) -> Tree:
         return self.method.init_client(site) if state is None else state

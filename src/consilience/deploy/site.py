@@ -203,9 +203,11 @@ class Home:
         return work._replace(before=self._scored(work.before), after=self._scored(work.after))
 
     def _scored(self, score: Any) -> Any:
-        if score is None or "groups" in self.policy.server_sees:
-            return score
-        return score._replace(groups=None)
+        if score is None:
+            return None
+        sees = self.policy.server_sees
+        hidden = {"groups": "groups", "cluster": "statistics"}
+        return score._replace(**{field: None for field, kind in hidden.items() if kind not in sees})
 
     def _end(
         self, head: Mapping[str, Any], blobs: Sequence[bytes], run: Path

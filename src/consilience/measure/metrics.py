@@ -48,6 +48,10 @@ class Standard:
         """By sensitive attribute, :func:`consilience.measure.fairness.summary` over clients."""
         return {name: summary([own[i] for own in counts]) for i, name in enumerate(task.sensitive)}
 
+    def agreement(self, found: Sequence[int], true: Sequence[int]) -> float:
+        """The adjusted Rand index."""
+        return adjusted_rand(found, true)
+
     def across(self, values: Sequence[float], *, higher_is_better: bool) -> dict[str, float]:
         """Mean, worst tenth, standard deviation, Jain index and entropy over clients, each client counting once."""
         a = np.asarray(values, dtype=np.float64)
@@ -96,6 +100,23 @@ def _area(values: np.ndarray, positive: np.ndarray) -> float:
     ranks = (np.cumsum(count) - (count - 1) / 2)[group]
     n = int(positive.sum())
     return float((ranks[positive].sum() - n * (n + 1) / 2) / (n * (len(values) - n)))
+
+
+def adjusted_rand(found: Sequence[int], true: Sequence[int]) -> float:
+    """The adjusted Rand index of two partitions (Hubert and Arabie, 1985): 1 for the same one, 0 on average for one at
+    random. 1 where both put everybody together, or both everybody apart."""
+    _, rows = np.unique(np.asarray(found), return_inverse=True)
+    _, columns = np.unique(np.asarray(true), return_inverse=True)
+    table = np.zeros((rows.max() + 1, columns.max() + 1), dtype=np.int64)
+    np.add.at(table, (rows, columns), 1)
+
+    def pairs(counts: np.ndarray) -> int:
+        return int((counts * (counts - 1) // 2).sum())
+
+    both, left, right, every = pairs(table), pairs(table.sum(1)), pairs(table.sum(0)), pairs(np.array([len(rows)]))
+    expected = left * right / every if every else 0.0
+    most = (left + right) / 2
+    return 1.0 if most == expected else (both - expected) / (most - expected)
 
 
 def jain(values: np.ndarray) -> float:

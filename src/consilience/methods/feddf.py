@@ -92,7 +92,7 @@ class FedDF(Method):
         for name, start in models.items():
             fit = host.fit(
                 start, loss=loss, data=host.public, steps=self.server_steps, batch_size=self.server_batch, lr=rate,
-                optimizer="adam", model=name, purpose=f"distil-{name}",
+                optimizer="adam", momentum=0.0, model=name, purpose=f"distil-{name}",
             )  # fmt: skip
             models[name] = fit.weights
         return Students(models)

@@ -199,6 +199,7 @@ class FedGen(Method):
         rows = Split(torch.zeros(1, 1, dtype=dtype), torch.zeros(1, dtype=torch.int64))  # the loss makes its own
         fit = host.fit(
             generator, loss=loss, data=rows, model="generator", steps=self.generator_steps, optimizer="adam",
+            momentum=0.0, weight_decay=0.0,
             lr=self.generator_lr * 0.98**host.version, purpose="generator",
         )  # fmt: skip
         taught: Weights = fit.weights

@@ -12,15 +12,20 @@ from torch import nn
 from consilience.core.errors import ConfigError, nearest
 from consilience.core.model import Architecture, Factory, SplitModel, check_factory
 from consilience.models import small, vgg
+from consilience.models.adapters import Adapted
 
 _RESNETS, _VGGS = ("resnet8", "resnet14", "resnet20"), ("vgg5", "vgg8", "vgg11")
 NAMES = ("logistic", "mlp", "lenet", "cnn", *_RESNETS, "resnet8:batchnorm", *_VGGS)
+ADAPTER = "+adapter"
 _FAMILY = {"mlp": "mlp", **dict.fromkeys(_RESNETS, "resnet"), **dict.fromkeys(_VGGS, "vgg")}
 """Families of models whose parts have common names."""
 
 
 def factory(name: str) -> Factory:
-    """How to make the model called ``name``. Raises ConfigError with the nearest right name."""
+    """How to make the model called ``name``; ``NAME+adapter`` has adapters. Raises ConfigError with the nearest right
+    name."""
+    if name.endswith(ADAPTER):
+        return functools.partial(Adapted, factory(name.removesuffix(ADAPTER)))
     kind, _, detail = name.partition(":")
     resnet = re.fullmatch(r"resnet(8|14|20)(:batchnorm)?", name)
     if resnet:
@@ -50,7 +55,10 @@ def architecture(name: str, input_shape: tuple[int, ...], outputs: int) -> Archi
     Raises ConfigError.
     """
     whole, at, text = name.partition("@")
-    made = Architecture(name, factory(whole), input_shape, outputs, family=_FAMILY.get(whole.partition(":")[0], whole))
+    family = whole if whole.endswith(ADAPTER) else _FAMILY.get(whole.partition(":")[0], whole)
+    made = Architecture(name, factory(whole), input_shape, outputs, family=family)
+    if at and whole.endswith(ADAPTER):
+        raise ConfigError(f"model '{name}': a model with adapters has no nested widths")
     if not at:
         return made
     try:

@@ -1,7 +1,8 @@
-"""Methods that weigh or combine replies in another way than their own, made of a method and a rule or an aggregator.
+"""Methods that weigh or combine replies in another way than their own, or end with a stage more: made of a method and a
+rule, an aggregator or a calibration.
 
-A method that is combined otherwise is a subclass of it with :class:`Weighed` or :class:`Combined` in front, so that all
-that it sends, trains and deploys is its own.
+Such a method is a subclass of it with :class:`Weighed`, :class:`Combined` or :class:`Calibrated` in front, so that all
+else that it sends, trains and deploys is its own.
 """
 
 from __future__ import annotations
@@ -12,14 +13,15 @@ from typing import Any, NamedTuple, cast
 
 from consilience.core import tree as tr
 from consilience.core.errors import ConfigError
-from consilience.core.messages import ClientInfo, Model, Reply, Stat, kinds
+from consilience.core.messages import Broadcast, ClientInfo, Model, Reply, Stat, kinds
 from consilience.core.method import Method, Phase, sums_suffice
-from consilience.core.model import Params, Weights
+from consilience.core.model import Architecture, Params, Weights
 from consilience.core.predict import Net, Predictor
 from consilience.core.shapes import Expected
 from consilience.core.site import Host, Place, Site
 from consilience.core.tree import Tree, record
-from consilience.parts import aggregators
+from consilience.parts import aggregators, calibration
+from consilience.parts.calibration import Calibration
 from consilience.parts.weights import RULES, Given, Rule
 
 
@@ -180,10 +182,76 @@ class Asked(Weighed):
         return state.state if self.rule().remembers else state
 
 
+class Calibrated(Method):
+    """Mixin: after the last round the global model's head is fitted once more."""
+
+    def stage(self) -> Calibration | None:
+        """How; by default what the option ``then`` names. None: not at all."""
+        return calibration.parse(self.then)
+
+    def networks(self, models: Mapping[str, Architecture]) -> Mapping[str, Architecture]:
+        """The method's, and the head alone."""
+        stage = self.stage()
+        own = super().networks(models)
+        return own if stage is None else {**own, **stage.networks(next(iter(models.values())))}
+
+    def program(self) -> tuple[Phase, ...]:
+        """The method's phases, and the last one."""
+        return super().program() + (() if self.stage() is None else (CALIBRATE,))
+
+    def sends(self) -> type | None:
+        """Phases send different things."""
+        return super().sends() if self.stage() is None else None
+
+    def least_samples(self, phase: Phase, rows: int, steps: int | None) -> int:
+        """The method's; none in the last phase."""
+        return 0 if phase == CALIBRATE else super().least_samples(phase, rows, steps)
+
+    def expects(self, place: Place, model: str) -> Mapping[str, Expected]:
+        """The method's, and the last phase's."""
+        stage = self.stage()
+        return {**super().expects(place, model), **({} if stage is None else stage.expects(place))}
+
+    def broadcast(self, phase: Phase, server: Tree, client: ClientInfo) -> Tree:
+        """The method's, or the global model."""
+        return Broadcast(_plain(server).model) if phase == CALIBRATE else super().broadcast(phase, server, client)
+
+    def client_update(self, phase: Phase, site: Site, message: Tree, state: Tree) -> tuple[Tree, Tree]:
+        """The method's, or statistics of the model's features."""
+        stage = self.stage()
+        if phase == CALIBRATE and stage is not None:
+            return stage.answer(site, message.model), state
+        return super().client_update(phase, site, message, state)
+
+    def aggregate(
+        self, phase: Phase, host: Host, server: Tree, replies: Sequence[Reply], cohort: Sequence[int]
+    ) -> Tree:
+        """The method's, or the refitted model."""
+        stage = self.stage()
+        if phase != CALIBRATE or stage is None:
+            return super().aggregate(phase, host, server, replies, cohort)
+        own = _plain(server)
+        own = own._replace(model=stage.refit(host, own.model, replies))
+        return server._replace(server=own) if isinstance(server, Standing) else own
+
+
+CALIBRATE = Phase("calibrate", when="end")
+"""The phase of :class:`Calibrated`."""
+
+
+def _plain(server: Tree) -> Any:
+    """The method's own server state."""
+    return server.server if isinstance(server, Standing) else server
+
+
 def composed(method: Method) -> Method:
-    """The method as its options ``weights`` and ``aggregator`` want it combined; itself if it does that already. Raises
-    ConfigError where these do not fit."""
+    """The method as its options ``weights``, ``aggregator`` and ``then`` want it; itself if it does that already.
+    Raises ConfigError where these do not fit."""
     mixins: list[type[Method]] = []
+    if not isinstance(method, Calibrated) and calibration.parse(method.then) is not None:
+        if type(method).global_model not in (Method.global_model, Weighed.global_model):
+            raise ConfigError(f"{method.name} has no global model of its own head; use then=none")
+        mixins.append(Calibrated)
     if not isinstance(method, Weighed) and method.weights in RULES:
         rule = RULES[method.weights]
         if not method.takes_rules:
@@ -211,7 +279,13 @@ def _made(mixins: tuple[type[Method], ...], base: type[Method], fields: dict[str
     """``base`` with mixins in front; pickled as the call that made it, since the class has no name to be found by."""
     if (mixins, base) not in _known:
         name = "".join(m.__name__ for m in mixins) + base.__name__
-        space = {"__reduce__": lambda self: (_made, (mixins, base, _fields(self))), "__module__": base.__module__}
-        parents = (base, *mixins) if issubclass(base, Weighed) else (*mixins, base)  # weights first, then combining
+        space: dict[str, Any] = {"__reduce__": lambda self: (_made, (mixins, base, _fields(self)))}
+        space["__module__"] = base.__module__
+        first = tuple(m for m in mixins if m is Calibrated)  # its phase is nobody else's
+        if first:
+            space["needs"] = dataclasses.replace(base.needs, split_model=True, classification=True)
+        rest = mixins[len(first) :]
+        parents: tuple[type, ...]
+        parents = (*first, base, *rest) if issubclass(base, Weighed) else (*mixins, base)  # weights, then combining
         _known[mixins, base] = cast(type[Method], type(name, parents, space))
     return _known[mixins, base](**fields)

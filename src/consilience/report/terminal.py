@@ -173,6 +173,13 @@ def run_summary(run: RunFolder) -> Table:
         value = last_of(run, *keys)
         if value is not None:
             table.add_row(title, scale.text(value))
+    for title, key in (
+        ("Clusters against true groups", "rand"),
+        ("Clusters of unseen clients", "rand_unseen"),
+    ):
+        index = last_of(run, "clusters", key)
+        if index is not None:
+            table.add_row(title, f"adjusted Rand {index:.3f}")
     for name in run.federation.get("sensitive") or ():
         gap = last_of(run, "clients", "groups", name, "demographic_parity")
         if gap is not None:

@@ -43,6 +43,8 @@ NAMES = {
     "fedcompass": "FedCompass",
     "apfl": "APFL",
     "pfedme": "pFedMe",
+    "per-fedavg": "Per-FedAvg",
+    "spectral": "Spectral co-distillation",
 }
 """Spellings that the rule of :func:`display` does not give."""
 
