@@ -43,6 +43,7 @@ from consilience.parts.compose import composed
 from consilience.parts.split import head_of
 from consilience.schedule import names as schedules
 from consilience.schedule.buffered import Buffered
+from consilience.wire.decode import stages
 from consilience.wire.validate import Validation
 
 if TYPE_CHECKING:
@@ -202,7 +203,7 @@ def run(
             clock=found,
             measures=Standard(),
             recorder=keeper,
-            stages=() if worker.check is None else (worker.check,),
+            stages=stages(worker),
             evaluation=Evaluation(eval_every, eval_clients_every, eval_clients, worker.place.chunk),
             checkpoint_every=checkpoint_every,
             elapsed=spent,

@@ -22,7 +22,7 @@ from consilience.core.encode import decode, encode, encoded_size
 from consilience.core.events import Decision, Instant
 from consilience.core.messages import Job, Trip
 from consilience.execute.ray import connected
-from consilience.methods import DPSGD, FedAdam, FedASMU, FedAvg, FedProx, Scaffold
+from consilience.methods import DPSGD, FedAdam, FedASMU, FedAvg, FedBuff, FedProx, Scaffold
 from consilience.schedule.immediate import Immediate
 from consilience.schedule.rounds import Rounds
 
@@ -64,6 +64,11 @@ COMPOSED = {
     "fedadam-fedau": Case(FedAdam(weights="fedau", aggregator="upgrad")),
     "fedavg-ida": Case(FedAvg(weights="ida", aggregator="rfa")),
     "scaffold-ccvr": Case(Scaffold(then="ccvr:20")),
+    "fedavg-topk-both": Case(FedAvg(compress="ef21:topk:0.05", compress_down="topk:0.1")),
+    "scaffold-econtrol": Case(Scaffold(compress="econtrol:randk:0.1")),
+    "fedadam-qsgd": Case(FedAdam(compress="qsgd:4", weights="fedau", aggregator="median")),
+    "fedprox-lowrank-ccvr": Case(FedProx(compress="ef:lowrank:2", then="ccvr:20", weights="fedce")),
+    "fedbuff-bits": Case(FedBuff(buffer=2, compress="ef:bits:4", compress_down="bits:8")),
     "fedprox-fedce-ccvr": Case(FedProx(weights="fedce", aggregator="median", then="ccvr:20")),
 }
 """Methods combined otherwise than they do themselves."""

@@ -275,6 +275,11 @@ class Method(Training):
             return ModelUpdate(end)
         return DeltaUpdate(tr.sub(end.params, start.params), end.buffers)
 
+    def outgoing(self, phase: Phase, site: Site, update: Tree, state: Tree) -> tuple[Tree, Tree]:
+        """An update as it travels, and the client's state after that: here as they are. The client's trained model is
+        judged before, so what this loses is not lost to it."""
+        return update, state
+
     def sends(self) -> type | None:
         """The type of the updates, for validation; None leaves it open, as for a method that overrides
         :meth:`client_update` and does not say here what it sends."""

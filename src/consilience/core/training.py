@@ -47,3 +47,8 @@ class Training:
     then: str = option("none", "after the last round: none, or ccvr[:M] (the head refitted on M virtual rows a class)")
     form: Literal["model", "delta"] = option("model", "clients send models or differences")
     buffers: Literal["average", "local"] = option("average", "BatchNorm statistics: averaged like weights, or kept")
+    compress: str = option(
+        "identity",
+        "what is sent up: topk:F, randk:F, qsgd:BITS, sign, bits:B, lowrank:R; ef:, ef21:, econtrol: first",
+    )
+    compress_down: str = option("identity", "the global model on its way to clients: a compressor as in compress")

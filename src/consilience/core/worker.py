@@ -170,7 +170,8 @@ class Worker:
             if job.judge:
                 with site.uncounted():
                     after = site.evaluate(self.method.trained_model(site, message, update, own))
-            update, kept = self._close(update, own)
+            at.stage = "outgoing"
+            update, kept = self._close(phase, site, update, own)
         reach("client-after")
         done, behind = site.computed, site.behind
         work = Work(update, done.samples, done.steps, site.last_loss, before, after, done.flops)
@@ -269,21 +270,28 @@ class Worker:
             message = message._replace(**{n: Weights(getattr(message, n).params, kept.buffers) for n in models})
         return message, kept.state
 
-    def _close(self, update: Tree, own: Tree) -> tuple[Tree, Tree]:
+    def _close(self, phase: Phase, site: Site, update: Tree, own: Tree) -> tuple[Tree, Tree]:
         """The update as it is sent, and the state as it is kept: local buffers stay here."""
         if self.method.buffers == "average":
-            return update, own
-        if isinstance(update, DeltaUpdate):
-            return update._replace(buffers={}), Kept(own, update.buffers)
-        buffers = None
-        for name, kind in kinds(type(update)).items() if tr.is_record(update) else ():
-            if kind is Kind.BUFFERS:
-                buffers = getattr(update, name)
-                update = update._replace(**{name: {}})
-            if kind is Kind.MODEL:
-                buffers = getattr(update, name).buffers
-                update = update._replace(**{name: Weights(getattr(update, name).params, {})})
+            return self.method.outgoing(phase, site, update, own)
+        update, buffers = _without_buffers(update)
+        update, own = self.method.outgoing(phase, site, update, own)
         return update, Kept(own, buffers)
+
+
+def _without_buffers(update: Tree) -> tuple[Tree, Tree]:
+    """An update without buffers, and these."""
+    if isinstance(update, DeltaUpdate):
+        return update._replace(buffers={}), update.buffers
+    buffers = None
+    for name, kind in kinds(type(update)).items() if tr.is_record(update) else ():
+        if kind is Kind.BUFFERS:
+            buffers = getattr(update, name)
+            update = update._replace(**{name: {}})
+        if kind is Kind.MODEL:
+            buffers = getattr(update, name).buffers
+            update = update._replace(**{name: Weights(getattr(update, name).params, {})})
+    return update, buffers
 
 
 class _blame:

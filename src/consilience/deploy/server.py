@@ -39,6 +39,7 @@ from consilience.deploy.spec import Deployment
 from consilience.execute.flower import Flower
 from consilience.fleet.real import Wall
 from consilience.folder import RunFolder, describe
+from consilience.wire.decode import stages
 
 EVENTS = "events.jsonl"
 ARRIVALS = "arrivals.jsonl"
@@ -189,7 +190,7 @@ class Server:
             clock=clock,
             measures=Standard(),
             recorder=recorder,
-            stages=() if worker.check is None else (worker.check,),
+            stages=stages(worker),
             evaluation=Evaluation(
                 config.eval_every, config.eval_clients_every, config.eval_clients, worker.place.chunk
             ),

@@ -1,8 +1,8 @@
-"""Methods that weigh or combine replies in another way than their own, or end with a stage more: made of a method and a
-rule, an aggregator or a calibration.
+"""Methods that weigh or combine replies in another way than their own, end with a stage more, or travel compressed:
+made of a method and a rule, an aggregator, a calibration or compressors.
 
-Such a method is a subclass of it with :class:`Weighed`, :class:`Combined` or :class:`Calibrated` in front, so that all
-else that it sends, trains and deploys is its own.
+Such a method is a subclass of it with :class:`Weighed`, :class:`Combined`, :class:`Calibrated` or ``Compressed`` in
+front, so that all else that it sends, trains and deploys is its own.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from consilience.core.predict import Net, Predictor
 from consilience.core.shapes import Expected
 from consilience.core.site import Host, Place, Site
 from consilience.core.tree import Tree, record
-from consilience.parts import aggregators, calibration
+from consilience.parts import aggregators, calibration, feedback
 from consilience.parts.calibration import Calibration
+from consilience.parts.compressed import Compressed
 from consilience.parts.weights import RULES, Given, Rule
 
 
@@ -245,9 +246,12 @@ def _plain(server: Tree) -> Any:
 
 
 def composed(method: Method) -> Method:
-    """The method as its options ``weights``, ``aggregator`` and ``then`` want it; itself if it does that already.
-    Raises ConfigError where these do not fit."""
+    """The method as its options ``weights``, ``aggregator``, ``then`` and ``compress`` want it; itself if it does that
+    already. Raises ConfigError where these do not fit."""
     mixins: list[type[Method]] = []
+    if not isinstance(method, Compressed) and _compresses(method):
+        method = _differing(method)
+        mixins.append(Compressed)
     if not isinstance(method, Calibrated) and calibration.parse(method.then) is not None:
         if type(method).global_model not in (Method.global_model, Weighed.global_model):
             raise ConfigError(f"{method.name} has no global model of its own head; use then=none")
@@ -268,6 +272,30 @@ def composed(method: Method) -> Method:
     return _made(tuple(mixins), type(method), _fields(method)) if mixins else method
 
 
+def _compresses(method: Method) -> bool:
+    """Whether anything of the method's messages is to be compressed. Raises ConfigError where it cannot be."""
+    up, down = feedback.parse(method.compress), feedback.parse(method.compress_down, "--compress-down")
+    if up is None and down is None:
+        return False
+    if any(phase.over == "neighbours" for phase in method.program()):
+        raise ConfigError(f"{method.name} has no server; compress and compress-down are for messages from and to one")
+    if down is not None and down.rule != "plain":
+        raise ConfigError("compress-down feeds its errors back in its own way; give a compressor alone, as topk:0.01")
+    if down is not None and method.buffers == "local":
+        raise ConfigError("compress-down sends the global model's buffers; use buffers=average")
+    return True
+
+
+def _differing(method: Method) -> Method:
+    """The method with clients that send differences, since these are what can be compressed."""
+    if method.form == "delta" or feedback.parse(method.compress) is None:
+        return method
+    try:
+        return dataclasses.replace(method, form="delta")
+    except ConfigError:
+        raise ConfigError(f"{method.name} sends whole models, and only differences are compressed") from None
+
+
 def _fields(method: Method) -> dict[str, Any]:
     return {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
 
@@ -281,8 +309,8 @@ def _made(mixins: tuple[type[Method], ...], base: type[Method], fields: dict[str
         name = "".join(m.__name__ for m in mixins) + base.__name__
         space: dict[str, Any] = {"__reduce__": lambda self: (_made, (mixins, base, _fields(self)))}
         space["__module__"] = base.__module__
-        first = tuple(m for m in mixins if m is Calibrated)  # its phase is nobody else's
-        if first:
+        first = tuple(m for m in mixins if m in (Compressed, Calibrated))  # outside all others
+        if Calibrated in first:
             space["needs"] = dataclasses.replace(base.needs, split_model=True, classification=True)
         rest = mixins[len(first) :]
         parents: tuple[type, ...]
