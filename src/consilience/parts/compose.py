@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 
 from consilience.core import tree as tr
 from consilience.core.errors import ConfigError
-from consilience.core.messages import Broadcast, ClientInfo, Model, Reply, Stat, kinds
+from consilience.core.messages import Broadcast, ClientInfo, Kind, Model, Reply, Stat, kinds
 from consilience.core.method import Method, Phase, sums_suffice
 from consilience.core.model import Architecture, Params, Weights
 from consilience.core.predict import Net, Predictor
@@ -279,6 +279,9 @@ def _compresses(method: Method) -> bool:
         return False
     if any(phase.over == "neighbours" for phase in method.program()):
         raise ConfigError(f"{method.name} has no server; compress and compress-down are for messages from and to one")
+    sent = method.sends()
+    if up is not None and sent is not None and not {*kinds(sent).values()} & {Kind.MODEL, Kind.DELTA, Kind.CONTROL}:
+        raise ConfigError(f"{method.name} sends neither differences nor controls; use compress=identity")
     if down is not None and down.rule != "plain":
         raise ConfigError("compress-down feeds its errors back in its own way; give a compressor alone, as topk:0.01")
     if down is not None and method.buffers == "local":

@@ -127,9 +127,17 @@ class Compressed(Method):
             if isinstance(held, Weights) and held.params is server.model:
                 rest = message._replace(**{name: None})
                 return Down(rest, name, self._missed(server, client.id), held.buffers)
-        if phase == next(p for p in self.program() if p.when not in ("start", "end")):
-            raise ConfigError(f"{self.name} does not send the global model as it is; use compress-down=identity")
         return message
+
+    def check_down(self, host: Host) -> None:
+        """Raise ConfigError if the global model, as it is, is no part of what a round begins with."""
+        if self._down is None:
+            return
+        place = host.place
+        first = next(p for p in self.program() if p.when not in ("start", "end"))
+        info = ClientInfo(0, 1, place.model_of(0), place.architectures)
+        if not isinstance(self.broadcast(first, self.init_server(host), info), Down):
+            raise ConfigError(f"{self.name} does not send the global model as it is; use compress-down=identity")
 
     def deploy(self, server: Tracking, client: ClientInfo) -> Tree:
         """The method's."""
@@ -225,8 +233,6 @@ class Compressed(Method):
         """The update compressed, and what this leaves behind."""
         names = squeezable(update)
         if self._up is None or not names:
-            if self._up is not None and update is not None and len(self.program()) == 1:
-                raise ConfigError(f"{self.name} sends neither differences nor controls; use compress=identity")
             return update, state
         fields, memory = update._asdict(), dict(state.memory)
         for name in names:

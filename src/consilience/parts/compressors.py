@@ -132,8 +132,8 @@ def _numbers(coded: Coded, count: int) -> Tensor:
 
 
 def _nothing(packed: Tensor) -> None:
-    if packed.numel():
-        raise MalformedError(f"{packed.numel()} packed bytes where none belong")
+    if packed.shape != (0,) or packed.dtype != torch.uint8:
+        raise MalformedError(f"{tuple(packed.shape)} packed {packed.dtype} where no bytes belong")
 
 
 _EMPTY = torch.empty(0, dtype=torch.uint8)
