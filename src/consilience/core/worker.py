@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from consilience.core import order
 from consilience.core import tree as tr
 from consilience.core.encode import encoded_size
 from consilience.core.errors import ClientError, ConsilienceError
@@ -59,10 +60,12 @@ class Call(NamedTuple):
 
 @record
 class Kept(NamedTuple):
-    """A client's state where buffers stay local: the method's own, and the buffers."""
+    """A client's state where more than the method's own is kept: that, its buffers where they stay local, and the model
+    that its last training ended with where rows are ordered by it."""
 
     state: Tree
     buffers: Tree
+    trained: Tree = None
 
 
 @record
@@ -183,7 +186,7 @@ class Worker:
         """A node's state after an exchange with its neighbours."""
         site, phase = self.site(job)
         with _blame(site, phase, "mix"):
-            if self.method.buffers == "average":
+            if not self._keeps:
                 return self.method.mix(phase, site, self._own(site, state), inbox)
             kept = Kept(None, None) if state is None else state
             return kept._replace(state=self.method.mix(phase, site, self._own(site, kept.state), inbox))
@@ -256,15 +259,25 @@ class Worker:
         with site.uncounted():
             return site.evaluate(self.method.personal_model(site, message, own))
 
+    @property
+    def _ordered(self) -> bool:
+        return order.parse(self.method.row_order).remembers
+
+    @property
+    def _keeps(self) -> bool:
+        """Whether a client keeps more than the method's own state."""
+        return self.method.buffers == "local" or self._ordered
+
     def _own(self, site: Site, state: Tree) -> Tree:
         return self.method.init_client(site) if state is None else state
 
     def _open(self, site: Site, message: Tree, state: Tree) -> tuple[Tree, Tree]:
         """The message as the client reads it, and the method's own client state: with local buffers, models
         arrive with the buffers that this client kept."""
-        if self.method.buffers == "average":
+        if not self._keeps:
             return message, self._own(site, state)
         kept = Kept(self.method.init_client(site), None) if state is None else state
+        site.before = kept.trained
         if kept.buffers is not None and tr.is_record(message):
             models = [name for name, kind in kinds(type(message)).items() if kind is Kind.MODEL]
             message = message._replace(**{n: Weights(getattr(message, n).params, kept.buffers) for n in models})
@@ -272,11 +285,15 @@ class Worker:
 
     def _close(self, phase: Phase, site: Site, update: Tree, own: Tree) -> tuple[Tree, Tree]:
         """The update as it is sent, and the state as it is kept: local buffers stay here."""
-        if self.method.buffers == "average":
-            return self.method.outgoing(phase, site, update, own)
-        update, buffers = _without_buffers(update)
+        buffers, trained = None, None
+        if self.method.buffers == "local":
+            update, buffers = _without_buffers(update)
         update, own = self.method.outgoing(phase, site, update, own)
-        return update, Kept(own, buffers)
+        if not self._keeps:
+            return update, own
+        if self._ordered:
+            trained = site.before if site.trained is None else site.trained
+        return update, Kept(own, buffers, trained)
 
 
 def _without_buffers(update: Tree) -> tuple[Tree, Tree]:
