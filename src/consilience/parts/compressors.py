@@ -126,8 +126,10 @@ def _share(fraction: float, d: int) -> int:
 
 
 def _numbers(coded: Coded, count: int) -> Tensor:
-    if coded.numbers.shape != (count,):
-        raise MalformedError(f"{tuple(coded.numbers.shape)} numbers, not {count}")
+    if coded.numbers.shape != (count,) or not coded.numbers.is_floating_point():
+        raise MalformedError(
+            f"{tuple(coded.numbers.shape)} numbers of {coded.numbers.dtype}, not {count} floating ones"
+        )
     return coded.numbers
 
 

@@ -32,7 +32,7 @@ from consilience.core.errors import ConfigError
 from consilience.core.model import Params
 from consilience.core.tree import record
 from consilience.parts import compressors
-from consilience.parts.compressors import Coded, Compressor, MalformedError, Shapes
+from consilience.parts.compressors import Coded, Compressor, Shapes
 
 RULES = ("ef", "ef21", "ef21w", "econtrol")
 ETA = 0.1
@@ -84,8 +84,6 @@ class Scheme:
 
     def receive(self, coded: Coded, shapes: Shapes, copy: Params | None, rng: np.random.Generator) -> Params:
         """What is read of a message; copy: the server's of this client's h. Raises MalformedError."""
-        if not coded.numbers.is_floating_point():
-            raise MalformedError(f"numbers of dtype {coded.numbers.dtype}")
         read = self.compressor.decode(coded, shapes, rng)
         copy = _fitting(copy, read) if self.tracks else None
         found: Params = read if copy is None else tr.add(copy, read)
