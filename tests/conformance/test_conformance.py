@@ -82,6 +82,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "fedbuff": {"buffer": 2},
     "fedcompass": {"least": 2, "most": 8},
     "cfl": {"wait": 1, "eps1": 9.0, "eps2": 0.0},
+    "ahc": {"wait": 1, "every": 1, "cut": 0.0},
     "feddistill": {"exclude_own": True},
     "fedtgp": {"server_epochs": 2},
     "feddf": {"server_steps": 3},

@@ -21,8 +21,8 @@ from consilience.core.method import Phase
 from consilience.core.snapshot import Snapshot
 from consilience.measure.metrics import adjusted_rand
 from consilience.methods import CFL, IFCA, FedAvg, FedEM, FedRC
-from consilience.methods.cfl import Down, Server, Up, Walk, agglomerate, cosines
 from consilience.parts import components
+from consilience.parts.forest import Down, Server, Up, Walk, agglomerate, cosines
 
 USUAL: dict[str, Any] = {"batch_size": 4, "lr": 0.1, "local_epochs": 2}
 

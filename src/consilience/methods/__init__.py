@@ -78,8 +78,10 @@ _WHERE = {
     "spectral": ("spectral", "Spectral"),
     "ifca": ("ifca", "IFCA"),
     "fedem": ("fedem", "FedEM"),
+    "fedgmm": ("fedgmm", "FedGMM"),
     "fedrc": ("fedrc", "FedRC"),
     "cfl": ("cfl", "CFL"),
+    "ahc": ("ahc", "AHC"),
 }
 
 NAMES = tuple(_WHERE)
