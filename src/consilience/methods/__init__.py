@@ -48,6 +48,7 @@ _WHERE = {
     "fedasmu": ("fedasmu", "FedASMU"),
     "fedcompass": ("fedcompass", "FedCompass"),
     "dpsgd": ("dpsgd", "DPSGD"),
+    "scool": ("scool", "SCooL"),
     "fedproto": ("fedproto", "FedProto"),
     "feddistill": ("feddistill", "FedDistill"),
     "lgfedavg": ("lgfedavg", "LGFedAvg"),
