@@ -46,7 +46,7 @@ SETTINGS = {
 COMMON: dict[str, Any] = {"model": "mlp", "rounds": ROUNDS, "eval_every": ROUNDS, "eval_clients_every": ROUNDS}
 CFL = "cfl:eps1=0.1,eps2=0.3"
 FIRST = ("local", "fedavg", "fedrc", "fedem", "ifca", CFL, "fedalt", "fedsim")
-SECOND = ("fedper", "fedrep", "ditto", "pfedme", "apfl", "per-fedavg", "spectral")
+SECOND = ("fedgmm", "ahc", "fedper", "fedrep", "ditto", "pfedme", "apfl", "per-fedavg", "spectral")
 METHODS = (*FIRST, *SECOND)
 
 
@@ -170,6 +170,8 @@ def tables(found: Mapping[str, Any]) -> str:
     lines: list[str] = []
     for setting, (partition, words) in SETTINGS.items():
         rows = [row(found, setting, method) for method in METHODS]
+        if not any(rows):
+            continue
         lines += [f"\n**{setting}: {words}** (`{partition}`)\n"]
         lines += [f"| {' | '.join(cells)} |" for cells in (HEAD, ["---"] * len(HEAD), *rows) if cells]
     return "\n".join(lines)

@@ -70,7 +70,7 @@ class SCooL(Method):
         prior "dirac":      w is the topology's: decentralised SGD
         prior "sbm":        w_ij ~ sigmoid( [ sum_gh phi_ig phi_jh log(B_gh / (1 - B_gh)) - L_ij ] / scale )
             phi_ig ~ exp( sum_{j != i, h} phi_jh [ e_ij log B_gh + e_ji log B_hg + (1 - e_ij) log(1 - B_gh)
-                          + (1 - e_ji) log(1 - B_hg) ] + psi(gamma_ig) - psi(sum_h gamma_ih) ),    gamma = 1 + phi
+                          + (1 - e_ji) log(1 - B_hg) ] + psi(gamma_ig) ),    gamma = 1 + phi
             e: the sigmoids; B: ``inside`` on the diagonal, ``outside`` off it; ``blocks`` blocks; ``sweeps`` a round
         prior "attention":  w_ij ~ a_ij exp(- L_ij / scale),    a_i = softmax_j( sum_l v_l cos(u_i^l, u_j^l) )
             u: change since the start of the run, l: parameters by name; v: one AdamW step a round on the cross entropy

@@ -25,7 +25,7 @@ def sbm_membership(
     on, off = block.log(), (1 - block).log()
     seen = apart[:, None] * others
     logits = on @ (seen.T @ out) + on.T @ (seen.T @ back) + off @ (seen.T @ (1 - out)) + off.T @ (seen.T @ (1 - back))
-    phi = (logits + torch.digamma(gamma) - torch.digamma(gamma.sum())).softmax(0)
+    phi = (logits + torch.digamma(gamma)).softmax(0)
     return phi, 1 + phi
 
 
