@@ -1,1 +1,1 @@
-"""Benchmarks, and the reproduction of published results. A package, so that no other one of this name is found first."""
+"""Benchmarks, and the reproduction of published results: a package, so that no other of its name is found first."""
