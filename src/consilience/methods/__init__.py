@@ -76,6 +76,7 @@ _WHERE = {
     "apfl": ("apfl", "APFL"),
     "per-fedavg": ("perfedavg", "PerFedAvg"),
     "spectral": ("spectral", "Spectral"),
+    "fedd2s": ("fedd2s", "FedD2S"),
     "ifca": ("ifca", "IFCA"),
     "fedem": ("fedem", "FedEM"),
     "fedrc": ("fedrc", "FedRC"),
