@@ -77,6 +77,7 @@ _WHERE = {
     "per-fedavg": ("perfedavg", "PerFedAvg"),
     "spectral": ("spectral", "Spectral"),
     "fedd2s": ("fedd2s", "FedD2S"),
+    "pfedgate": ("pfedgate", "PFedGate"),
     "ifca": ("ifca", "IFCA"),
     "fedem": ("fedem", "FedEM"),
     "fedrc": ("fedrc", "FedRC"),
