@@ -167,9 +167,10 @@ def test_devices_set_the_budgets_of_a_run() -> None:
     tight = consilience.run(PFedGate(budget=0.9, transfer_seconds=0.15, **USUAL), data, **usual)
     made = blocks(architecture("mlp:64", data.input_shape, 10), 5)
     counts = [{k: made.count(wish) for k, wish in run.server.wishes.items()} for run in (free, tight)]
-    assert min(counts[0].values()) > 0.85 * int(made.sizes.sum())
-    assert min(counts[1].values()) < 0.6 * int(made.sizes.sum())
+    assert min(counts[0].values()) > 0.8 * int(made.sizes.sum())  # four of five blocks
     assert all(counts[1][k] <= counts[0][k] for k in counts[0])
+    assert len(set(counts[1].values())) > 2
+    assert min(counts[1].values()) < 0.6 * int(made.sizes.sum())
 
 
 def test_scores_have_a_least_value() -> None:

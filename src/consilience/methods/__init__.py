@@ -79,6 +79,7 @@ _WHERE = {
     "spectral": ("spectral", "Spectral"),
     "fedd2s": ("fedd2s", "FedD2S"),
     "pfedgate": ("pfedgate", "PFedGate"),
+    "fedins": ("fedins", "FedIns"),
     "ifca": ("ifca", "IFCA"),
     "fedem": ("fedem", "FedEM"),
     "fedrc": ("fedrc", "FedRC"),
