@@ -231,7 +231,7 @@ class Worker:
 
     def personal(self, message: Tree, client: int, state: Tree) -> Predictor | None:
         """What a client would deploy, from the message that it would get and its own state."""
-        first = next(i for i, phase in enumerate(self.program) if phase.when not in ("start", "end"))
+        first = next(i for i, phase in enumerate(self.program) if phase.inner)
         site, _ = self.site(Job(-1, client, 0, 0, 0, first))
         message, own = self._open(site, message, state)
         return self.method.personal_model(site, message, own)
@@ -277,7 +277,7 @@ class Worker:
         if not self._keeps:
             return message, self._own(site, state)
         kept = Kept(self.method.init_client(site), None) if state is None else state
-        site.before = kept.trained
+        site.before, site.buffers = kept.trained, kept.buffers
         if kept.buffers is not None and tr.is_record(message):
             models = [name for name, kind in kinds(type(message)).items() if kind is Kind.MODEL]
             message = message._replace(**{n: Weights(getattr(message, n).params, kept.buffers) for n in models})
@@ -287,7 +287,7 @@ class Worker:
         """The update as it is sent, and the state as it is kept: local buffers stay here."""
         buffers, trained = None, None
         if self.method.buffers == "local":
-            update, buffers = _without_buffers(update)
+            update, buffers = _without_buffers(update, site.buffers)
         update, own = self.method.outgoing(phase, site, update, own)
         if not self._keeps:
             return update, own
@@ -296,11 +296,11 @@ class Worker:
         return update, Kept(own, buffers, trained)
 
 
-def _without_buffers(update: Tree) -> tuple[Tree, Tree]:
-    """An update without buffers, and these."""
+def _without_buffers(update: Tree, before: Tree) -> tuple[Tree, Tree]:
+    """An update without buffers, and these; those of ``before`` if it has none."""
     if isinstance(update, DeltaUpdate):
         return update._replace(buffers={}), update.buffers
-    buffers = None
+    buffers = before
     for name, kind in kinds(type(update)).items() if tr.is_record(update) else ():
         if kind is Kind.BUFFERS:
             buffers = getattr(update, name)

@@ -134,7 +134,7 @@ class Compressed(Method):
         if self._down is None:
             return
         place = host.place
-        first = next(p for p in self.program() if p.when not in ("start", "end"))
+        first = next(p for p in self.program() if p.inner)
         info = ClientInfo(0, 1, place.model_of(0), place.architectures)
         if not isinstance(self.broadcast(first, self.init_server(host), info), Down):
             raise ConfigError(f"{self.name} does not send the global model as it is; use compress-down=identity")
@@ -318,7 +318,9 @@ def _count(shapes: Shapes) -> int:
 
 def _model(server: Tree, name: str) -> Weights:
     """The global model in a server's state."""
-    own = getattr(server, "server", server)
+    own = server
+    while hasattr(own, "server"):
+        own = own.server
     found = getattr(own, "model", None)
     if not isinstance(found, Weights):
         raise ConfigError(f"{name} has no global model to send by compress-down; use compress-down=identity")
