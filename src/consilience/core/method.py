@@ -109,6 +109,8 @@ class Method(Training):
     """Whether ``host.rows`` is wanted: all clients' training rows together, which takes asking each of them."""
     takes_rules: ClassVar[bool] = False
     """Whether ``aggregate`` weighs by :meth:`shares`, so that a rule may give the weights."""
+    takes_aggregator: ClassVar[bool] = False
+    """Whether ``aggregate`` may be given one update in the place of several, though it wants more than their sums."""
     unstacked: ClassVar[str] = ""
     """Why clients that run in step cannot have their gradients computed together, if they cannot."""
 
