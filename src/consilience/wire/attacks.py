@@ -66,7 +66,8 @@ def z_max(clients: int, hostile: int) -> float:
 
 def alie(s: Scene) -> Tensor:
     """A little is enough: mu - z sigma, coordinate by coordinate, z from :func:`z_max` (Baruch, Baruch, Goldberg,
-    NeurIPS 2019). Deviation: mu and sigma are those of all honest updates; with ``blind``, the colluders' own, as in the paper.
+    NeurIPS 2019). Deviation: mu and sigma are those of all honest updates; with ``blind``, the colluders' own, as in
+    the paper.
     """
     return s.all(s.known.mean(0) - s.number(z_max(s.clients, s.hostile)) * s.known.std(0, correction=0))
 
@@ -119,7 +120,8 @@ def _pairs(rows: Tensor) -> Tensor:
 
 def replace(s: Scene) -> Tensor:
     """Model replacement: s u, with s = 1 / (the colluders' weight), so that the mean becomes their model where the
-    others have converged (Bagdasaryan, Veit, Hua, Estrin, Shmatikov, AISTATS 2020). They train on the backdoor's data."""
+    others have converged (Bagdasaryan, Veit, Hua, Estrin, Shmatikov, AISTATS 2020). They train on the backdoor's
+    data."""
     return s.number(1 / s.share) * s.own
 
 
