@@ -22,7 +22,7 @@ from consilience.parts import aggregators
 from consilience.parts.compose import composed
 from consilience.parts.prototypes import Prototypes, combined
 
-ROBUST = ("median", "trimmed:0.2", "krum:0.2", "multikrum:0.2", "rfa", "cclip", "nnm:0.2+median", "nnm:0.2+mean")
+ROBUST = ("median", "trimmed:0.2", "krum:0.2", "multikrum:0.2", "rfa", "cclip", "nnm:0.2+median", "nnm:0.2+rfa")
 
 
 def updates(rows: Any) -> list[DeltaUpdate]:

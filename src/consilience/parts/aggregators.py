@@ -172,7 +172,7 @@ class GeometricMedian(Reweighed):
         beta = given
         for _ in range(500):
             distances = torch.linalg.vector_norm(vectors - beta @ vectors, dim=1)
-            least = max(1e-6 * float(distances.median()), 1e-12 * float(distances.max()))
+            least = 1e-6 * float(distances.median()) or 1e-12 * float(distances.max())
             if not least:
                 break
             new = given / distances.clamp(min=least)
