@@ -62,9 +62,10 @@ LOCAL = {
     "sam": Case(
         FedProx(optimizer="sam+sgg:2+grokfast+adam", local_steps=4, lr=0.01, row_order="curriculum:both:root:0.8:0.3")
     ),
+    "chosen": Case(Scaffold(weights="fedce", selection="curriculum:2:root:3:0.5", local_steps=4)),
     "oasis": Case(FedAvg(optimizer="oasis", local_steps=3, lr=0.01, buffers="local", row_order="anti:local")),
 }
-"""Local optimisers that ask much, and orders of rows."""
+"""Local optimisers that ask much, and orders of rows and clients."""
 COMPOSED = {
     "scaffold-disco": Case(Scaffold(weights="disco")),
     "fedprox-fedce": Case(FedProx(weights="fedce", aggregator="trimmed:0.2")),
@@ -107,6 +108,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "ccvr": {"virtual": 20},
     "fedloge": {"frame_steps": 20},
     "fedetf": {"personal_rounds": 2},
+    "fedd2s": {"drop_every": 2},
+    "fedins": {"entries": 4, "top": 2},
 }
 """Options without which a method does not fit a federation of five clients, or a test, or shows less of its state."""
 MIXED = {"models": "mlp:16*0.5,logistic*0.5", "feature_dim": 8}
@@ -117,6 +120,7 @@ RUNS: dict[str, dict[str, Any]] = {
     **{name: {"models": "mlp:16@1.0,0.5,0.25"} for name in ("heterofl", "fedrolex", "feddropout")},
     "flexifed": {"model": "mlp:16x12", "models": "mlp:16x12*0.5,mlp:16*0.5"},
     "fedadp": {"model": "mlp:16x12", "models": "mlp:16x12*0.5,mlp:10*0.5"},
+    "fedd2s": {"model": "mlp:16x12"},
     "mhd": {**MIXED, "topology": "ring", "participation": 1.0},
     "scool": {"topology": "er:0.7", "participation": 1.0},
 }
