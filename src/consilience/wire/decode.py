@@ -31,7 +31,7 @@ class Decoding:
         return good, bad
 
 
-def stages(worker: Worker) -> tuple[Stage, ...]:
-    """What every update passes before it is combined."""
+def stages(worker: Worker, adversary: Sequence[Stage] = ()) -> tuple[Stage, ...]:
+    """What every update passes before it is combined: decompression, what an adversary does to it, validation."""
     first = (Decoding(worker, worker.method),) if isinstance(worker.method, Compressed) else ()
-    return first + (() if worker.check is None else (worker.check,))
+    return (*first, *adversary, *(() if worker.check is None else (worker.check,)))
