@@ -84,6 +84,66 @@ ROWS = (
         beats=("scaffold",),
     ),
     Row(
+        "fedlex",
+        "two-classes",
+        f"faster and better than FedAvg on MNIST, two classes a client, 10 clients, 20 % a round; {UNKNOWN}",
+    ),
+    Row(
+        "fedetf",
+        "labels",
+        f"above FedAvg on CIFAR-10/100 and Tiny-ImageNet, ResNet-20, 20 clients, Dirichlet 0.1; {UNKNOWN}",
+    ),
+    Row(
+        "ccvr",
+        "labels",
+        f"above FedAvg on CIFAR-10/100 and CINIC-10; {UNKNOWN}",
+        own="calibration_lr",
+        score="final",
+    ),
+    Row(
+        "fedld",
+        "dirichlet-0.5",
+        f"above FedAvg on Retina and COVID-FL images, 5 clients, all of them a round; {UNKNOWN}",
+        own="lam",
+    ),
+    Row(
+        "feddisco",
+        "dirichlet-0.5",
+        f"above FedAvg on HAM10000, CIFAR-10/100, CINIC-10, Fashion-MNIST, 10 clients, Dirichlet 0.5; {UNKNOWN}",
+        own="a",
+    ),
+    Row(
+        "ida",
+        "three-classes",
+        f"above FedAvg on CIFAR-10, Fashion-MNIST, HAM10000, 10 clients of 3 classes; {UNKNOWN}",
+    ),
+    Row(
+        "fedimpro:cut=2",
+        "labels",
+        f"above FedAvg on CIFAR-10, ResNet-18, 5 of 10 clients a round, Dirichlet 0.1; {UNKNOWN}",
+        own="weight",
+    ),
+    Row(
+        "ggeur",
+        "logistic",
+        f"above FedAvg of a head on frozen CLIP features of CIFAR-10/100 and Tiny-ImageNet, Dirichlet 0.1 to 0.5; "
+        f"{UNKNOWN} (here the features are the pixels)",
+        own="target",
+    ),
+    Row(
+        "fedcog:images=64,generate_steps=20",
+        "dirichlet-0.5",
+        f"above FedAvg on CIFAR-10 and Fashion-MNIST, 10 clients, Dirichlet 0.1 and 0.5; {UNKNOWN}",
+        own="disagree",
+    ),
+    Row(
+        "fedloge",
+        "long-tail",
+        f"above FedAvg on CIFAR-10/100-LT, 40 clients, Dirichlet 0.5, most common class 50 to 100 times the rarest; "
+        f"{UNKNOWN}",
+        own="sparsity",
+    ),
+    Row(
         "fedswa",
         "labels",
         f"above FedAvg and FedSAM on CIFAR-10/100 and Tiny-ImageNet, 100 clients, Dirichlet 0.1; {UNKNOWN}",
@@ -97,20 +157,13 @@ ROWS = (
         beats=BOTH,
     ),
     Row(
-        "fedlex",
-        "two-classes",
-        f"faster and better than FedAvg on MNIST, two classes a client, 10 clients, 20 % a round; {UNKNOWN}",
-    ),
-    Row(
-        "feddisco",
-        "dirichlet-0.5",
-        f"above FedAvg on HAM10000, CIFAR-10/100, CINIC-10, Fashion-MNIST, 10 clients, Dirichlet 0.5; {UNKNOWN}",
-        own="a",
-    ),
-    Row(
-        "ida",
-        "three-classes",
-        f"above FedAvg on CIFAR-10, Fashion-MNIST, HAM10000, 10 clients of 3 classes; {UNKNOWN}",
+        "fald:burn_in=10",
+        "logistic",
+        "a proof of convergence to the posterior; calibration on Fashion-MNIST with logistic regression; "
+        f"{UNKNOWN}",
+        own="temperature",
+        score="ece",
+        missing="the claim is a proof",
     ),
     Row(
         "fedce",
@@ -132,15 +185,6 @@ ROWS = (
         missing="no number is claimed",
     ),
     Row(
-        "fald:burn_in=10",
-        "logistic",
-        "a proof of convergence to the posterior; calibration on Fashion-MNIST with logistic regression; "
-        f"{UNKNOWN}",
-        own="temperature",
-        score="ece",
-        missing="the claim is a proof",
-    ),
-    Row(
         "fedavg-m-vr",
         "labels",
         f"converges faster than FedAvg-M in theory; {UNKNOWN}",
@@ -154,24 +198,5 @@ ROWS = (
         own="beta",
         missing="the claim is a rate",
         beats=("scaffold",),
-    ),
-    Row(
-        "fedetf",
-        "labels",
-        f"above FedAvg on CIFAR-10/100 and Tiny-ImageNet, ResNet-20, 20 clients, Dirichlet 0.1; {UNKNOWN}",
-    ),
-    Row(
-        "ccvr",
-        "labels",
-        f"above FedAvg on CIFAR-10/100 and CINIC-10; {UNKNOWN}",
-        own="calibration_lr",
-        score="final",
-    ),
-    Row(
-        "fedloge",
-        "long-tail",
-        f"above FedAvg on CIFAR-10/100-LT, 40 clients, Dirichlet 0.5, most common class 50 to 100 times the rarest; "
-        f"{UNKNOWN}",
-        own="sparsity",
     ),
 )  # fmt: skip
