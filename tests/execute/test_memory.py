@@ -11,7 +11,7 @@ import torch
 from helpers import federation, worker
 
 from consilience.core import checkpoint
-from consilience.core.encode import decode, encode
+from consilience.core.encode import decode, encode, memory
 from consilience.core.messages import Job, Work
 from consilience.core.states import States
 from consilience.core.tree import Tree
@@ -52,8 +52,12 @@ def test_encoding_and_decoding() -> None:
     message = large()
     with grows(LARGE + SLACK):
         data = encode(message)
+    with grows(LARGE + SLACK):
+        decode(data)
+    aligned = memory(len(data))
+    aligned[:] = data
     with grows(SLACK):
-        decode(data, copy=False)
+        decode(aligned, copy=False)
 
 
 def test_a_checkpoint_of_it(tmp_path: Path) -> None:

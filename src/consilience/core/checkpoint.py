@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from consilience.core.encode import Encoder, decode
+from consilience.core.encode import Encoder, decode, memory
 from consilience.core.errors import CheckpointError
 from consilience.core.failpoint import reach
 from consilience.core.tree import Tree
@@ -103,9 +103,9 @@ def load(folder: Path, whole: Callable[[Tree, dict[str, Any]], T]) -> tuple[T, d
     raise CheckpointError(f"{folder}: no whole checkpoint ({'; '.join(wrong)})")
 
 
-def read_whole(path: Path) -> bytearray:
+def read_whole(path: Path) -> memoryview:
     """A file's content, writable, in one copy."""
-    data = bytearray(path.stat().st_size)
+    data = memory(path.stat().st_size)
     with path.open("rb") as file:
         got = file.readinto(data)
     return data if got == len(data) else data[:got]

@@ -4,8 +4,9 @@ Messages, client state in flight to worker processes, checkpoints and exported m
 safetensors reader can open them. Nothing is pickled, and decoding checks everything before it makes a tensor:
 records must be registered, offsets must lie within the blob and agree with shape and dtype.
 
-Layout: 8 bytes (little-endian length of the header), the header, then tensor data without gaps, widest dtype
-first so that every tensor is aligned.
+Layout: 8 bytes (little-endian length of the header), the header, then tensor data without gaps. Data begin at a
+multiple of :data:`ALIGNMENT`, and tensors are ordered by the largest power of two that divides their bytes. So each
+begins at a multiple of its dtype's width, and one whose bytes are a multiple of :data:`ALIGNMENT` at such a multiple.
 """
 
 from __future__ import annotations
@@ -72,13 +73,14 @@ def _plan(tree: Tree) -> tuple[bytes, list[tuple[Tensor, int]], int]:
     """The header, the tensors with their offsets, and the number of data bytes."""
     found: list[Tensor] = []
     structure = _structure(tree, found)
-    order = sorted(range(len(found)), key=lambda i: -found[i].element_size())
+    sizes = [tensor.numel() * tensor.element_size() for tensor in found]
+    order = sorted(range(len(found)), key=lambda i: -math.gcd(sizes[i], ALIGNMENT))
     header: dict[str, Any] = {"__metadata__": {"tree": json.dumps(structure, separators=(",", ":"))}}
     placed: list[tuple[Tensor, int]] = []
     end = 0
     for i in order:
         tensor = found[i]
-        start, end = end, end + tensor.numel() * tensor.element_size()
+        start, end = end, end + sizes[i]
         header[str(i)] = {
             "dtype": _NAMES[tensor.dtype],
             "shape": list(tensor.shape),
@@ -86,7 +88,7 @@ def _plan(tree: Tree) -> tuple[bytes, list[tuple[Tensor, int]], int]:
         }
         placed.append((tensor, start))
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
     return len(text).to_bytes(8, "little") + text, placed, end
 
 
@@ -141,6 +143,11 @@ class Encoder:
                 yield tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
+def memory(size: int) -> memoryview:
+    """``size`` writable bytes that begin at a multiple of :data:`ALIGNMENT`."""
+    return torch.empty(size, dtype=torch.uint8).numpy().data
+
+
 def encode(tree: Tree) -> bytearray:
     """The tree as bytes."""
     encoder = Encoder(tree)
@@ -152,8 +159,8 @@ def encode(tree: Tree) -> bytearray:
 def decode(buffer: Any, *, copy: bool = True, limit: int | None = None) -> Tree:
     """The tree in ``buffer`` (bytes-like; writable if ``copy`` is False, since tensors are then views of it).
 
-    Views that do not begin at a multiple of :data:`ALIGNMENT` are copied all the same. limit: most bytes that are
-    looked at. Raises DecodeError.
+    Views that do not begin at a multiple of :data:`ALIGNMENT` are copied all the same; from a buffer that does, as
+    :func:`memory` does, these are small ones. limit: most bytes that are looked at. Raises DecodeError.
     """
     view = memoryview(buffer)
     if limit is not None and len(view) > limit:
@@ -168,7 +175,10 @@ def decode(buffer: Any, *, copy: bool = True, limit: int | None = None) -> Tree:
         structure = json.loads(header.pop("__metadata__")["tree"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DecodeError("the header is damaged") from error
-    data = bytearray(view) if copy else buffer
+    data = buffer
+    if copy:
+        data = memory(len(view))
+        data[:] = view
     found = {name: _tensor(name, entry, data, base, len(view)) for name, entry in header.items()}
     return _grow(structure, found, 0)
 

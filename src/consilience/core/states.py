@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from consilience.core import tree as tr
-from consilience.core.encode import DecodeError, Encoder, decode, encode
+from consilience.core.encode import DecodeError, Encoder, decode, encode, memory
 from consilience.core.errors import CheckpointError
 from consilience.core.failpoint import reach
 from consilience.core.tree import Tree
@@ -99,9 +99,9 @@ class Line:
         self.missing.discard(client)
         reach("state")
 
-    def raw(self, where: Where) -> bytearray:
+    def raw(self, where: Where) -> memoryview:
         """The bytes of a state. Raises CheckpointError if they are not those that were written."""
-        data = bytearray(where.size)
+        data = memory(where.size)
         path = self._folder() / where.file
         with path.open("rb") as file:
             file.seek(where.offset)

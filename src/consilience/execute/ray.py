@@ -162,9 +162,7 @@ def unpack(packed: tuple[bytes, Sequence[Any]]) -> Any:
 
 def _array(encoder: Encoder) -> Any:
     """An encoded tree as Ray takes it without a copy."""
-    import numpy as np
-
-    data: Any = np.empty(encoder.size, dtype=np.uint8)
+    data: Any = torch.empty(encoder.size, dtype=torch.uint8).numpy()
     encoder.into(memoryview(data))
     return data
 
