@@ -31,7 +31,7 @@ class Row:
     def name(self) -> str:
         """How the command line calls it."""
         name, own = parse_method(self.method)
-        return "-".join([name, own["aggregator"]]) if "aggregator" in own else name
+        return "-".join([name, *(own[key].partition(":")[0] for key in ("aggregator", "row_order") if key in own)])
 
     @property
     def label(self) -> str:
@@ -171,6 +171,11 @@ ROWS = (
         "contributions correlate at 93.5 and 96.3 % with leave-one-out on prostate and retina images, where Dice is "
         "higher than FedAvg's",
         missing="no segmentation; leave-one-out runs are not made",
+    ),
+    Row(
+        "fedavg:row_order=curriculum:global:linear:0.8:0.2",
+        "labels",
+        f"easy rows first is above rows at random, the more so the more labels are skewed, on CIFAR-10; {UNKNOWN}",
     ),
     Row(
         "fedavg:aggregator=upgrad",

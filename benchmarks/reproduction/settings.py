@@ -1,4 +1,4 @@
-"""The federations that rows are judged on. All are small, so that the whole table takes less than an hour of two cores."""
+"""The federations that rows are judged on. All are small, so that the table takes less than an hour of two cores."""
 
 from __future__ import annotations
 
@@ -78,7 +78,9 @@ def _fashion(rows: int, seed: int, folder: Path) -> Path:
         some = np.random.default_rng(seed).permutation(len(raw.y))[:rows]
         folder.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part.npz")
-        np.savez(part, x=_halved(raw.x[some]), y=raw.y[some], x_test=_halved(raw.test_x[:TEST]), y_test=raw.test_y[:TEST])
+        np.savez(
+            part, x=_halved(raw.x[some]), y=raw.y[some], x_test=_halved(raw.test_x[:TEST]), y_test=raw.test_y[:TEST]
+        )
         part.replace(path)
     return path
 

@@ -74,7 +74,7 @@ def tune(runs: Sequence[RunSpec], budget: int, folder: Path, tell: Callable[[str
 
 
 def common(name: str, search: Search, seed: int, number: int) -> float:
-    """What trial ``number`` > 0 on ``seed`` tries of an option that all methods have, whatever the method and the budget.
+    """What trial ``number`` > 0 on ``seed`` tries of an option that all methods have, whatever method and budget.
 
     Multiples of the golden ratio, modulo 1, from a start of the seed (Kronecker's sequence): the first n are spread
     evenly for every n, so that few trials leave no wide part of the range out.
