@@ -81,7 +81,8 @@ def common(name: str, search: Search, seed: int, number: int) -> float:
     """
     share = (_stream(f"tune {seed} {name}") / 2**32 + number * (math.sqrt(5) - 1) / 2) % 1
     if search.log:
-        return min(search.low * (search.high / search.low) ** share, search.high)
+        value: float = search.low * (search.high / search.low) ** share
+        return min(value, search.high)
     return search.low + share * (search.high - search.low)
 
 
