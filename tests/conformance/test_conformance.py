@@ -62,9 +62,10 @@ LOCAL = {
     "sam": Case(
         FedProx(optimizer="sam+sgg:2+grokfast+adam", local_steps=4, lr=0.01, row_order="curriculum:both:root:0.8:0.3")
     ),
+    "chosen": Case(Scaffold(weights="fedce", selection="curriculum:2:root:3:0.5", local_steps=4)),
     "oasis": Case(FedAvg(optimizer="oasis", local_steps=3, lr=0.01, buffers="local", row_order="anti:local")),
 }
-"""Local optimisers that ask much, and orders of rows."""
+"""Local optimisers that ask much, and orders of rows and clients."""
 COMPOSED = {
     "scaffold-disco": Case(Scaffold(weights="disco")),
     "fedprox-fedce": Case(FedProx(weights="fedce", aggregator="trimmed:0.2")),
@@ -90,6 +91,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "fedopt": {"server_optimizer": "sgg:2+grokfast+adam"},
     "fedcompass": {"least": 2, "most": 8},
     "cfl": {"wait": 1, "eps1": 9.0, "eps2": 0.0},
+    "ahc": {"wait": 1, "every": 1, "cut": 0.0},
+    "scool": {"settle": 2, "keep": 0.6},
     "feddistill": {"exclude_own": True},
     "fedtgp": {"server_epochs": 2},
     "feddf": {"server_steps": 3},
@@ -115,6 +118,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "flexifed": {"model": "mlp:16x12", "models": "mlp:16x12*0.5,mlp:16*0.5"},
     "fedadp": {"model": "mlp:16x12", "models": "mlp:16x12*0.5,mlp:10*0.5"},
     "mhd": {**MIXED, "topology": "ring", "participation": 1.0},
+    "scool": {"topology": "er:0.7", "participation": 1.0},
 }
 """Options of a run with which a method shows what it is for."""
 PUBLIC: dict[str, Any] = {"public": 60}
