@@ -107,6 +107,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "ccvr": {"virtual": 20},
     "fedloge": {"frame_steps": 20},
     "fedetf": {"personal_rounds": 2},
+    "fedd2s": {"drop_every": 2},
+    "fedins": {"entries": 4, "top": 2},
 }
 """Options without which a method does not fit a federation of five clients, or a test, or shows less of its state."""
 MIXED = {"models": "mlp:16*0.5,logistic*0.5", "feature_dim": 8}
@@ -117,6 +119,7 @@ RUNS: dict[str, dict[str, Any]] = {
     **{name: {"models": "mlp:16@1.0,0.5,0.25"} for name in ("heterofl", "fedrolex", "feddropout")},
     "flexifed": {"model": "mlp:16x12", "models": "mlp:16x12*0.5,mlp:16*0.5"},
     "fedadp": {"model": "mlp:16x12", "models": "mlp:16x12*0.5,mlp:10*0.5"},
+    "fedd2s": {"model": "mlp:16x12"},
     "mhd": {**MIXED, "topology": "ring", "participation": 1.0},
     "scool": {"topology": "er:0.7", "participation": 1.0},
 }

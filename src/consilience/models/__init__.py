@@ -11,11 +11,11 @@ from torch import nn
 
 from consilience.core.errors import ConfigError, nearest
 from consilience.core.model import Architecture, Factory, SplitModel, check_factory
-from consilience.models import small, vgg
+from consilience.models import frozen, small, vgg
 from consilience.models.adapters import Adapted
 
 _RESNETS, _VGGS = ("resnet8", "resnet14", "resnet20"), ("vgg5", "vgg8", "vgg11")
-NAMES = ("logistic", "mlp", "lenet", "cnn", *_RESNETS, "resnet8:batchnorm", *_VGGS)
+NAMES = ("logistic", "mlp", "lenet", "cnn", *_RESNETS, "resnet8:batchnorm", *_VGGS, "frozen")
 ADAPTER = "+adapter"
 _FAMILY = {"mlp": "mlp", **dict.fromkeys(_RESNETS, "resnet"), **dict.fromkeys(_VGGS, "vgg")}
 """Families of models whose parts have common names."""
@@ -39,6 +39,7 @@ def factory(name: str) -> Factory:
         "logistic": small.Linear,
         "lenet": small.LeNet,
         "cnn": small.CNN,
+        "frozen": frozen.Frozen,
         "vgg5": vgg.VGG,
         "vgg8": functools.partial(vgg.VGG, convolutions=2),
         "vgg11": functools.partial(vgg.VGG, convolutions=3),
@@ -69,6 +70,8 @@ def architecture(name: str, input_shape: tuple[int, ...], outputs: int) -> Archi
         raise ConfigError(f"model '{name}': a rate is above 0 and at most 1, as in {whole}@0.5")
     if rate == 1:
         return dataclasses.replace(made, name=whole)
+    if whole == "frozen":
+        raise ConfigError(f"model '{name}': frozen comes trained and cannot be cut")
     if whole == "logistic":
         raise ConfigError(f"model '{name}': logistic has no hidden layer to cut")
     return dataclasses.replace(made, factory=functools.partial(_cut, made.factory, rate), whole=whole, rate=rate)
