@@ -98,6 +98,9 @@ class Config(BaseModel):
     replay: str | None = Field(None, description="a deployment's arrivals.jsonl, to combine what came when it came")
     topology: str = Field("complete", description="who exchanges with whom, for methods without a server")
     mixing: Literal["metropolis", "uniform"] = Field("metropolis", description="weights of neighbours")
+    attack: str | None = Field(
+        None, description="NAME:FRACTION[:STRENGTH][:blind]: what hostile clients do, as alie:0.2"
+    )
     init: str | None = Field(None, description="a safetensors file to start from")
     seed: int = Field(0, ge=0, description="of everything random")
     seeds: int = Field(1, ge=1, description="repetitions, with seeds seed, seed + 1, ...")

@@ -107,6 +107,7 @@ def _arguments(spec: RunSpec, federation: Any) -> dict[str, Any]:
         "topology": config.topology,
         "mixing": config.mixing,
         "seed": config.seed,
+        "attack": config.attack,
         "init": init,
     }
 

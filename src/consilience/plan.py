@@ -16,7 +16,7 @@ from consilience.core.encode import encoded_size
 from consilience.core.events import cohort_size
 from consilience.core.messages import ClientInfo, Job
 from consilience.core.units import parse_bytes
-from consilience.core.worker import Call, Worker, test_ranges
+from consilience.core.worker import Call, Worker, row_ranges
 from consilience.execute.processes import cores
 from consilience.schedule import names as schedules
 from consilience.schedule.buffered import Buffered
@@ -119,7 +119,7 @@ def _judging(
     worker: Worker, server: Any, config: Config, info: ClientInfo
 ) -> Iterator[tuple[float, tuple[float, float]]]:
     """What evaluation does: how often it does it, and how long once takes."""
-    predictor, ranges = worker.method.global_model(server), test_ranges(worker.federation, worker.place.chunk)
+    predictor, ranges = worker.method.global_model(server), row_ranges(worker.federation, worker.place.chunk)
     if predictor is not None and ranges:
         lines = -(-config.rounds // config.eval_every)
         yield lines * len(ranges), _timed(worker, Call("chunk", ranges[0], predictor))

@@ -43,6 +43,8 @@ from consilience.parts.compose import composed
 from consilience.parts.split import head_of
 from consilience.schedule import names as schedules
 from consilience.schedule.buffered import Buffered
+from consilience.wire.adversary import Adversary, attacked
+from consilience.wire.adversary import parse as parse_attack
 from consilience.wire.validate import Validation
 
 if TYPE_CHECKING:
@@ -140,6 +142,7 @@ def run(
     client_state_memory: int | str | None = "1GB",
     init: Weights | None = None,
     clock: Clock | None = None,
+    attack: str | None = None,
     seed: int = 0,
     out: str | Path | None = None,
     resume: bool = False,
@@ -154,16 +157,17 @@ def run(
     clients per round. client_state_memory: bytes of clients' states to keep in memory, as a number or as in "500MB"
     (None: all); those used least lately go to files, in ``out`` or among temporary files. fleet: of simulated
     devices: a name, a csv file, a function, or a Device for each client. clock: how long jobs take in virtual time,
-    instead of a fleet. address: of the Ray cluster, with executor "ray". out: a folder to write; resume: go on from the
-    folder's newest checkpoint. config: what config.yaml shall say. on_line: called with each line of history. The rest
+    instead of a fleet. attack: what hostile clients do, as ``--attack`` takes it; they are not
+    judged. address: of the Ray cluster, with executor "ray". out: a folder to write; resume: go on from the folder's
+    newest checkpoint. config: what config.yaml shall say. on_line: called with each line of history. The rest
     as in the command line.
 
     Raises ConfigError, DataError or NeedsError before any work, ClientError if a client's own code fails.
     """
-    method = composed(method)
+    method, harm = composed(method), parse_attack(attack)
     worker = prepare(
         method, federation, model=model, models=models, feature_dim=feature_dim, topology=topology, mixing=mixing,
-        init=init, seed=seed, fleet=fleet, fleet_correlation=fleet_correlation,
+        init=init, seed=seed, fleet=fleet, fleet_correlation=fleet_correlation, attack=attack,
     )  # fmt: skip
     _check_counts(rounds, participation, eval_every, eval_clients_every)
     when = {
@@ -187,7 +191,8 @@ def run(
     )
     devices = fleet if clock is None else getattr(clock, "name", type(clock).__qualname__)
     combines = rule if schedule is None or isinstance(schedule, str) else type(rule).__qualname__
-    identity = repr((*named, devices, availability, drops, fleet_correlation, combines))
+    identity = repr((*named, devices, availability, drops, fleet_correlation, combines, *([harm] if harm else [])))
+    adversary = [] if harm is None else [Adversary(harm, worker, found, seed)]
     budget = None if client_state_memory is None else parse_bytes(client_state_memory)
     with cluster(executor, address, workers):
         recorder, snapshot, spent = _recorder(
@@ -202,7 +207,7 @@ def run(
             clock=found,
             measures=Standard(),
             recorder=keeper,
-            stages=() if worker.check is None else (worker.check,),
+            stages=(*adversary, *([] if worker.check is None else [worker.check])),
             evaluation=Evaluation(eval_every, eval_clients_every, eval_clients, worker.place.chunk),
             checkpoint_every=checkpoint_every,
             elapsed=spent,
@@ -237,10 +242,15 @@ def prepare(
     chunk: int = 500,
     fleet: str | Sequence[Device] = "uniform",
     fleet_correlation: str = "0",
+    attack: str | None = None,
 ) -> Worker:
     """Everything that client work needs, checked: architectures, initial weights, topology, the method's needs. fleet:
     for architectures by the memory of devices."""
-    method = composed(method)
+    method, harm = composed(method), parse_attack(attack)
+    if harm is not None:
+        if any(phase.over == "neighbours" for phase in method.program()):
+            raise ConfigError(f"{method.name} has no server; --attack is on what is sent to one")
+        federation = attacked(federation, harm, seed)
     own = resolve(model, federation, feature_dim)
     assigned = None
     if models is not None:

@@ -70,6 +70,7 @@ COMPOSED = {
     "scaffold-disco": Case(Scaffold(weights="disco")),
     "fedprox-fedce": Case(FedProx(weights="fedce", aggregator="trimmed:0.2")),
     "fedadam-fedau": Case(FedAdam(weights="fedau", aggregator="upgrad")),
+    "fedavg-krum": Case(FedAvg(aggregator="bucketing:2+krum:0.2"), {"attack": "alie:0.2"}),
     "fedavg-ida": Case(FedAvg(weights="ida", aggregator="rfa")),
     "scaffold-ccvr": Case(Scaffold(then="ccvr:20")),
     "fedprox-fedce-ccvr": Case(FedProx(weights="fedce", aggregator="median", then="ccvr:20")),

@@ -34,6 +34,7 @@ from consilience.core.errors import ConfigError
 from consilience.core.messages import Broadcast, DeltaUpdate, Reply
 from consilience.core.method import Method
 from consilience.core.model import Architecture
+from consilience.core.reduce import weighted_sum
 from consilience.core.snapshot import Snapshot
 from consilience.methods import (
     IDA,
@@ -127,7 +128,7 @@ def test_mgda_is_the_shortest_mean(rng: np.random.Generator) -> None:
 def test_upgrad_of_updates_that_agree_is_the_mean() -> None:
     rows = np.random.default_rng(0).uniform(0.1, 1, (4, 6))
     shares = [0.1, 0.2, 0.3, 0.4]
-    mean = aggregators.weighted_sum([delta(*row) for row in rows], shares)
+    mean = weighted_sum([delta(*row) for row in rows], shares)
     assert together("upgrad", rows, shares) == mean.delta["p"].tolist()
 
 

@@ -15,7 +15,7 @@ from consilience.core.messages import Job, Score
 from consilience.core.snapshot import Totals
 from consilience.core.streams import philox
 from consilience.core.tree import Tree
-from consilience.core.worker import Call, test_ranges
+from consilience.core.worker import Call, row_ranges
 
 
 class Measures(Protocol):
@@ -60,6 +60,7 @@ class Line:
 
     record: dict[str, Any]
     chunks: Sequence[int]
+    triggered: Sequence[int]
     judged: Sequence[tuple[Job, int | None]]
     pairs: Mapping[int, tuple[Score, Score]]
     full: bool
@@ -108,9 +109,13 @@ class Judge:
         full = self.wants_clients(version)
         predictor = self.executor.worker.method.global_model(server)
         chunks: list[int] = []
+        triggered: list[int] = []
         if predictor is not None and self.federation.task.kind != "operator":
-            ranges = test_ranges(self.federation, self.evaluation.chunk)
+            ranges = row_ranges(self.federation, self.evaluation.chunk)
             chunks = [self.executor.begin(Call("chunk", rows, predictor, rows[1] - rows[0])) for rows in ranges]
+            stamped = row_ranges(self.federation, self.evaluation.chunk, triggered=True)
+            calls = [Call("chunk", (*rows, True), predictor, rows[1] - rows[0]) for rows in stamped]
+            triggered = [self.executor.begin(call) for call in calls]
         last = version == self.rounds
         judged: list[tuple[Job, int | None]] = []
         for client in self.clients() if full else []:
@@ -120,7 +125,7 @@ class Judge:
                 ticket = self.executor.judge(asked, message(client), train=train)
             judged.append((asked, ticket))
         paid = {asked.client: spent.get(asked.client, Totals()) for asked, _ in judged}
-        return Line(record, chunks, judged, pairs if full else {}, full, last, paid)
+        return Line(record, chunks, triggered, judged, pairs if full else {}, full, last, paid)
 
     def finish(self, line: Line) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """The line of history, and a line per judged client."""
@@ -133,6 +138,10 @@ class Judge:
             record["global"] = self.measures.of_global(
                 self.federation.task, scores, test.y, loss, line.full, test.sensitive
             )
+        wrong = self.federation.triggered
+        if line.triggered and wrong is not None:
+            scores = torch.cat([part.scores for part in self.executor.finish(line.triggered)])
+            record["attack"] = {"success": float((scores.argmax(1) == wrong.y).double().mean())}
         done = iter(self.executor.finish([ticket for _, ticket in line.judged if ticket is not None]))
         nothing = Score(0, 0.0, None), None, None
         found = [nothing if ticket is None else next(done) or nothing for _, ticket in line.judged]
@@ -145,10 +154,14 @@ class Judge:
                 row["before"], row["after"] = map(_value, line.pairs[row["client"]])
         self._summaries(record, rows, line)
         judged = [(job.client, score.groups) for (job, _), (score, *_) in zip(line.judged, found, strict=True)]
-        counts = [groups for client, groups in judged if groups is not None and client not in self.federation.unseen]
+        counts = [groups for client, groups in judged if groups is not None and self._counts(client)]
         if counts:
             record["clients"]["groups"] = self.measures.between_groups(self.federation.task, counts)
         return record, rows
+
+    def _counts(self, client: int) -> bool:
+        """Whether a client is among those that measures over clients are of: it may train, and is not hostile."""
+        return client not in self.federation.unseen and client not in self.federation.hostile
 
     def clients(self) -> list[int]:
         """Ids of the clients that are judged: all, or a fixed sample of the run."""
@@ -163,6 +176,8 @@ class Judge:
 
     def _row(self, version: int, client: int, score: Score, after: Score | None, valid: Score | None) -> dict[str, Any]:
         row: dict[str, Any] = {"round": version, "client": client, "seen": client not in self.federation.unseen}
+        if client in self.federation.hostile:
+            row["hostile"] = True
         row.update(n=score.n, loss=score.loss, train=self.federation.size(client))
         if self.place.models is not None:
             row["model"] = self.place.model_of(client)
@@ -180,7 +195,7 @@ class Judge:
         return row
 
     def _summaries(self, record: dict[str, Any], rows: Sequence[Mapping[str, Any]], line: Line) -> None:
-        rows = [row for row in rows if row["n"]]
+        rows = [row for row in rows if row["n"] and "hostile" not in row]
         seen = [row.get("accuracy", row["loss"]) for row in rows if row["seen"]]
         unseen = [row.get("accuracy", row["loss"]) for row in rows if not row["seen"]]
         valid = [row["valid"] for row in rows if row["seen"] and "valid" in row]
@@ -197,7 +212,11 @@ class Judge:
         if line.last:
             pairs = [(row["before"], row["after"]) for row in rows if "after" in row]
         else:
-            pairs = [(_value(before), _value(after)) for before, after in line.pairs.values() if before.n]
+            pairs = [
+                (_value(before), _value(after))
+                for client, (before, after) in line.pairs.items()
+                if before.n and client not in self.federation.hostile
+            ]
         if pairs:
             clients = record.setdefault("clients", {})
             clients["before"] = self._across([before for before, _ in pairs])

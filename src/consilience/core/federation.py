@@ -87,7 +87,9 @@ class Federation(ABC):
 
     n_clients: how many there are. input_shape: the shape of one input. test: rows of nobody, for judging the
     global model. public: unlabelled rows that everybody may see. unseen: clients that never train and only
-    judge. groups: the true group of each client where the partitioner made groups. names: display names.
+    judge. groups: the true group of each client where the partitioner made groups. hostile: clients of an attacked run
+    that are not judged. triggered: rows with a backdoor's trigger, and the class that it leads to. names: for
+    display.
     """
 
     name: str
@@ -98,6 +100,8 @@ class Federation(ABC):
     public: Tensor | None = None
     unseen: frozenset[int] = frozenset()
     groups: tuple[int, ...] | None = None
+    hostile: frozenset[int] = frozenset()
+    triggered: Split | None = None
     names: tuple[str, ...] = ()
     about: dict[str, Any] = field(default_factory=dict)
 

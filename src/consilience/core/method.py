@@ -115,6 +115,8 @@ class Method(Training):
     """Whether ``host.rows`` is wanted: all clients' training rows together, which takes asking each of them."""
     takes_rules: ClassVar[bool] = False
     """Whether ``aggregate`` weighs by :meth:`shares`, so that a rule may give the weights."""
+    takes_aggregator: ClassVar[bool] = False
+    """Whether ``aggregate`` may be given one update in the place of several, though it wants more than their sums."""
     own_batches: ClassVar[str] = ""
     """Why rows cannot be ordered, if they cannot: what the method does instead."""
     unstacked: ClassVar[str] = ""

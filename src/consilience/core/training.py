@@ -47,10 +47,14 @@ class Training:
     weights: Literal["samples", "uniform", "disco", "ida", "fedau", "fedce"] = option(
         "samples", "a client's weight: n_k / sum n, 1 / cohort, or by a rule: disco, ida, fedau, fedce"
     )
+    aggregator: str = option(
+        "mean",
+        "how updates combine: mean, median, trimmed:F, krum:F, multikrum:F, rfa, cclip[:TAU], upgrad or mgda; "
+        "bucketing:S+ or nnm:F+ in front",
+    )
     selection: str = option(
         "random", "who of a round's clients train: random (all), or curriculum or anti, :COUNT[:PACING][:ROUNDS:B]"
     )
-    aggregator: str = option("mean", "how updates combine: mean, median, trimmed:F, rfa, upgrad or mgda")
     then: str = option("none", "after the last round: none, or ccvr[:M] (the head refitted on M virtual rows a class)")
     form: Literal["model", "delta"] = option("model", "clients send models or differences")
     buffers: Literal["average", "local"] = option("average", "BatchNorm statistics: averaged like weights, or kept")

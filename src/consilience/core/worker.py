@@ -235,9 +235,9 @@ class Worker:
         message, own = self._open(site, message, state)
         return self.method.personal_model(site, message, own)
 
-    def do_chunk(self, predictor: Predictor, start: int, stop: int) -> Chunk:
-        """The global model on rows ``start`` to ``stop`` of the global test set."""
-        test = self.federation.test
+    def do_chunk(self, predictor: Predictor, start: int, stop: int, triggered: bool = False) -> Chunk:
+        """The global model on rows ``start`` to ``stop`` of the global test set, or of those with a trigger."""
+        test = self.federation.triggered if triggered else self.federation.test
         assert test is not None
         host = self.host(0, "evaluate")
         rows = host.cast(test.rows(slice(start, stop)))
@@ -338,7 +338,8 @@ def pooled(federation: Federation) -> Split:
     return Split(torch.cat([part.x for part in parts]), torch.cat([part.y for part in parts]))
 
 
-def test_ranges(federation: Federation, size: int) -> list[tuple[int, int]]:
-    """Row ranges of the global test set, ``size`` rows each."""
-    n = 0 if federation.test is None else len(federation.test)
+def row_ranges(federation: Federation, size: int, *, triggered: bool = False) -> list[tuple[int, int]]:
+    """Row ranges of the global test set, or of the rows with a trigger, ``size`` rows each."""
+    rows = federation.triggered if triggered else federation.test
+    n = 0 if rows is None else len(rows)
     return [(start, min(start + size, n)) for start in range(0, n, size)]

@@ -10,6 +10,7 @@ from annotated_types import Ge
 from torch import Tensor
 from torch.nn import functional as F
 
+from consilience.core.errors import ConfigError
 from consilience.core.fit import Batch, Models
 from consilience.core.messages import ClientInfo, Reply
 from consilience.core.method import Method, Needs, Phase
@@ -55,10 +56,16 @@ class FedDistill(Method):
     source = "Jeong et al., NeurIPS workshop"
     year = 2018
     needs = Needs(architectures="any", classification=True)
+    takes_aggregator = True
     unstacked = "the loss looks at the scores of others"
 
     lam: Annotated[float, Ge(0)] = option(1.0, "weight of the distillation", Search(0.1, 10.0))
     exclude_own: bool = option(False, "leave a client's own means out of its targets")
+
+    def check(self) -> None:
+        """A client's own part can be taken out of a mean alone."""
+        if self.exclude_own and self.aggregator != "mean":
+            raise ConfigError("feddistill: exclude_own takes a client's part out of the mean; use aggregator=mean")
 
     def least_samples(self, phase: Phase, rows: int, steps: int | None) -> int:
         """One training."""

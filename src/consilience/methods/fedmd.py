@@ -49,6 +49,7 @@ class FedMD(Method):
     source = "Li and Wang, NeurIPS workshop"
     year = 2019
     needs = Needs(architectures="any", public_data=True, classification=True)
+    takes_aggregator = True
     unstacked = "the loss looks at the scores of others"
 
     public_rows: Annotated[int, Ge(1)] = option(500, "public rows scored in a round")

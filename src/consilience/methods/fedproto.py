@@ -44,6 +44,7 @@ class FedProto(Method):
     source = "Tan et al., AAAI"
     year = 2022
     needs = Needs(architectures="any", same_features=True, split_model=True, classification=True)
+    takes_aggregator = True
     unstacked = "the loss looks at features"
 
     lam: Annotated[float, Ge(0)] = option(1.0, "weight of the pull to prototypes", Search(0.1, 10.0))

@@ -1,14 +1,14 @@
 """How updates combine, by name: weighted means, robust ones, and Jacobian descent, which takes clients as objectives.
 
 An aggregator is given what several clients sent and a weight for each, and gives one of the same kind. There are two
-kinds: those that find new weights for whole updates (``rfa``, ``upgrad``, ``mgda``), and those that look at every
-coordinate by itself (``median``, ``trimmed``).
+kinds: those that find new weights for whole updates (``krum``, ``multikrum``, ``rfa``, ``cclip``, ``upgrad``,
+``mgda``), and those that look at every coordinate by itself (``median``, ``trimmed``).
 """
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,44 +19,68 @@ from torch import Tensor
 
 from consilience.core import tree as tr
 from consilience.core.errors import ConfigError, nearest
-from consilience.core.messages import Kind, kinds
-from consilience.core.reduce import weighted_sum
 from consilience.core.tree import Tree
+from consilience.parts import robust
+from consilience.parts.aggregating import Aggregator, Reweighed
 
-NAMES = ("mean", "median", "trimmed", "rfa", "upgrad", "mgda")
-"""Names of all aggregators."""
-
-
-class Aggregator(ABC):
-    """Combines updates."""
-
-    differences: bool = False
-    """Whether updates must be differences, since the result depends on where 0 is."""
-
-    @abstractmethod
-    def combine(self, updates: Sequence[Any], weights: Mapping[str, Sequence[float]]) -> Any:
-        """One update in the place of several, of the same record type, in the order of the sorted cohort. weights: of
-        each field; where an aggregator's own weights take their place, they have the same sum."""
+NAMES = ("mean", "median", "trimmed", "krum", "multikrum", "rfa", "cclip", "upgrad", "mgda")
+"""Names of all aggregators; ``bucketing`` and ``nnm`` go in front."""
 
 
 def parse(text: str) -> Aggregator | None:
-    """The aggregator that ``--aggregator`` names; None for the mean. Raises ConfigError."""
-    name, _, rest = text.partition(":")
+    """The aggregator that ``--aggregator`` names, as in ``bucketing:2+krum:0.2``; None for the mean. Raises
+    ConfigError."""
+    *before, rule = text.split("+")
+    found = _rule(rule, text)
+    if found is None and before:
+        found = robust.Mean()
+    for part in reversed(before):
+        name, _, rest = part.partition(":")
+        assert found is not None
+        if name == "bucketing":
+            if not rest.isdigit() or int(rest) < 1:
+                raise ConfigError(f"aggregator '{text}': bucketing:S puts S updates together, from 1 on")
+            found = robust.Bucketing(found, int(rest))
+        elif name == "nnm":
+            found = robust.NearestMixing(found, _share(rest, text, "nnm:F leaves out the share F of updates farthest"))
+        else:
+            raise ConfigError(
+                f"aggregator '{text}': '{name}' does not go in front{nearest(name, ('bucketing', 'nnm'))}"
+            )
+    return found
+
+
+def _rule(part: str, text: str) -> Aggregator | None:
+    name, _, rest = part.partition(":")
     if name not in NAMES:
         raise ConfigError(f"unknown aggregator '{name}'{nearest(name, NAMES)}")
     if name == "trimmed":
+        return Trimmed(_share(rest, text, "trimmed:F cuts a share F of clients at each end"))
+    if name in ("krum", "multikrum"):
+        share = _share(rest or "0.2", text, f"{name}:F expects a share F of hostile clients")
+        return robust.MultiKrum(share, name == "krum")
+    if name == "cclip":
         try:
-            share = float(rest)
+            radius = float(rest) if rest else None
         except ValueError:
-            share = math.nan
-        if not 0 <= share < 0.5:
-            raise ConfigError(
-                f"aggregator '{text}': trimmed:F cuts a share F of clients at each end, from 0 to below 0.5"
-            )
-        return Trimmed(share)
+            radius = math.nan
+        if radius is not None and not radius > 0:
+            raise ConfigError(f"aggregator '{text}': cclip:TAU clips to a norm TAU, above 0")
+        return robust.CentredClipping(radius)
     if rest:
         raise ConfigError(f"aggregator '{text}': {name} takes no number")
     return {"mean": None, "median": Median(), "rfa": GeometricMedian(), "upgrad": UPGrad(), "mgda": MGDA()}[name]
+
+
+def _share(rest: str, text: str, words: str) -> float:
+    """A share F from 0 to below 0.5."""
+    try:
+        share = float(rest)
+    except ValueError:
+        share = math.nan
+    if not 0 <= share < 0.5:
+        raise ConfigError(f"aggregator '{text}': {words}, from 0 to below 0.5")
+    return share
 
 
 # --- coordinate by coordinate ----------------------------------------------------------------------------------
@@ -65,7 +89,9 @@ def parse(text: str) -> Aggregator | None:
 class _Coordinates(Aggregator):
     """Looks at every floating number by itself. Integers (step counters) are those of the first update."""
 
-    def combine(self, updates: Sequence[Any], weights: Mapping[str, Sequence[float]]) -> Any:
+    def combine(
+        self, updates: Sequence[Any], weights: Mapping[str, Sequence[float]], rng: np.random.Generator | None = None
+    ) -> Any:
         """Each field, times the sum of its weights."""
         made = {}
         for field in updates[0]._fields:
@@ -128,41 +154,13 @@ class Trimmed(_Coordinates):
 # --- new weights for whole updates -----------------------------------------------------------------------------
 
 
-class _Reweighed(Aggregator):
-    """Finds new weights from the inner products of the updates' models or differences, summed in float64."""
-
-    def combine(self, updates: Sequence[Any], weights: Mapping[str, Sequence[float]]) -> Any:
-        """Sums with the new weights: as they are for the field that they were found from, else normalised."""
-        types = kinds(type(updates[0]))
-        field = next((f for f, kind in types.items() if kind in (Kind.DELTA, Kind.MODEL)), None)
-        if field is None:
-            raise ConfigError("these updates hold neither a model nor a difference that an aggregator could look at")
-        total = math.fsum(weights[field])
-        found = self.weights(_vectors([getattr(u, field) for u in updates]), [w / total for w in weights[field]])
-        whole = math.fsum(found)
-        made = {}
-        for name in updates[0]._fields:
-            scale = math.fsum(weights[name]) / (1.0 if name == field else whole)
-            made[name] = weighted_sum([getattr(u, name) for u in updates], [w * scale for w in found])
-        return type(updates[0])(**made)
-
-    @abstractmethod
-    def weights(self, vectors: Tensor, shares: Sequence[float]) -> list[float]:
-        """A weight for each of ``(n, d)`` vectors of float64; shares sum to 1."""
-
-
-def _vectors(trees: Sequence[Tree]) -> Tensor:
-    """Parameters of models or differences as rows; buffers are not looked at."""
-    chosen = [getattr(tree, "params", tree) for tree in trees]
-    return torch.stack([torch.cat([t.double().flatten() for t in tr.tensors(tree)]) for tree in chosen])
-
-
-class GeometricMedian(_Reweighed):
+class GeometricMedian(Reweighed):
     """RFA: the point whose weighted distances to the updates have the least sum, by smoothed Weiszfeld steps
 
         beta_i = p_i / max(nu, ||z - u_i||),   z <- sum_i beta_i u_i / sum_i beta_i
 
-    from the mean, until no weight moves by more than 1e-10 (at most 500 steps).
+    from the mean, until no weight moves by more than 1e-10 and z by more than that times the distances' median (at
+    most 500 steps): a weight of 1e-10 is still too much for an update of size 1e30.
 
     Source: Pillutla, Kakade, Harchaoui, "Robust Aggregation for Federated Learning", IEEE TSP 2022; nu = 1e-6, times
     the distances' median. Deviation: the paper stops after 3 steps, which need the clients' help there.
@@ -174,13 +172,14 @@ class GeometricMedian(_Reweighed):
         beta = given
         for _ in range(500):
             distances = torch.linalg.vector_norm(vectors - beta @ vectors, dim=1)
-            least = max(1e-6 * float(distances.median()), 1e-12 * float(distances.max()))
+            least = 1e-6 * float(distances.median()) or 1e-12 * float(distances.max())
             if not least:
                 break
             new = given / distances.clamp(min=least)
             new = new / new.sum()
-            moved, beta = float((new - beta).abs().max()), new
-            if moved < 1e-10:
+            step, beta = new - beta, new
+            moved = torch.linalg.vector_norm(step @ vectors)
+            if step.abs().max() < 1e-10 and moved <= 1e-10 * distances.median():
                 break
         return [float(b) for b in beta]
 
@@ -202,7 +201,7 @@ def _least(matrix: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     return found
 
 
-class UPGrad(_Reweighed):
+class UPGrad(Reweighed):
     """Each update is projected on the cone of directions that no client objects to; the weighted sum of these:
 
         w_i = argmin v^T G v over v >= p_i e_i componentwise,   G = the Gramian;   sum_j (sum_i w_i)_j u_j
@@ -224,7 +223,7 @@ class UPGrad(_Reweighed):
         return [float(w) for w in total]
 
 
-class MGDA(_Reweighed):
+class MGDA(Reweighed):
     """The shortest vector among all weighted means of the updates, whatever their weights were.
 
     Source: Desideri, "Multiple-gradient descent algorithm", C. R. Acad. Sci. Paris 2012. Solved exactly, as nonnegative

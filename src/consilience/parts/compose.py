@@ -22,8 +22,9 @@ from consilience.core.predict import Net, Predictor
 from consilience.core.shapes import Expected, Shape
 from consilience.core.site import Host, Place, Site
 from consilience.core.tree import Tree, record
-from consilience.parts import aggregators, calibration, selection
+from consilience.parts import aggregators, calibration, prototypes, selection
 from consilience.parts.calibration import Calibration
+from consilience.parts.prototypes import Prototypes
 from consilience.parts.selection import Selection
 from consilience.parts.weights import RULES, Given, Rule
 
@@ -66,13 +67,21 @@ class Combined(Method):
     def aggregate(
         self, phase: Phase, host: Host, server: Tree, replies: Sequence[Reply], cohort: Sequence[int]
     ) -> Tree:
-        """One update in the place of several, and the method's own step along it."""
+        """One update in the place of several, and the method's own step along it. Prototypes are combined class by
+        class; a phase in which nothing is sent is the method's own."""
+        updates = [reply.update for reply in replies]
+        if updates[0] is None:
+            return super().aggregate(phase, host, server, replies, cohort)
         how = aggregators.parse(self.aggregator)
         assert how is not None
-        updates = [reply.update for reply in replies]
-        weights = self.sums(replies) or dict.fromkeys(kinds(type(updates[0])), self.shares(replies))
+        rng = host.rng("aggregator")
+        if isinstance(updates[0], Prototypes):
+            update: Tree = prototypes.combined(updates, lambda rows: how.combine(*rows, rng))
+        else:
+            weights = self.sums(replies) or dict.fromkeys(kinds(type(updates[0])), self.shares(replies))
+            update = how.combine(updates, weights, rng)
         samples = sum(reply.samples for reply in replies)
-        one = replies[0]._replace(update=how.combine(updates, weights), samples=samples, share=None)
+        one = replies[0]._replace(update=update, samples=samples, share=None)
         return super().aggregate(phase, host, server, [one], cohort)
 
 
@@ -358,7 +367,7 @@ def composed(method: Method) -> Method:
             raise ConfigError(f"{method.name}: weights={method.weights} need not sum to 1; use form=delta")
         mixins.append(Weighed if rule.phase is None else Asked)
     if not isinstance(method, Combined) and (how := aggregators.parse(method.aggregator)) is not None:
-        if not (sums_suffice(method) or isinstance(method, Weighed)):
+        if not (sums_suffice(method) or isinstance(method, Weighed) or method.takes_aggregator):
             raise ConfigError(f"{method.name} combines in its own way and takes no aggregator; use aggregator=mean")
         if how.differences and method.form != "delta":
             raise ConfigError(f"{method.name}: aggregator={method.aggregator} works on differences; use form=delta")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -90,6 +90,27 @@ def average(found: Sequence[Prototypes], classes: int, *, by_rows: bool) -> Prot
     mean = weighted_sum(dense, [1.0] * len(dense))
     there = totals.nonzero().flatten()
     return Prototypes(there, mean[there], torch.stack([(row > 0).long() for row in held]).sum(0)[there])
+
+
+@record
+class Row(NamedTuple):
+    """One client's mean of one class, ``(width,)``."""
+
+    mean: Stat
+
+
+def combined(
+    found: Sequence[Prototypes], combine: Callable[[tuple[Sequence[Row], dict[str, list[float]]]], Row]
+) -> Prototypes:
+    """One in the place of several: each class's mean by a rule over those who have it, who count equally (by how many
+    rows a mean is of is for a client to say, and a hostile one would lie)."""
+    classes = torch.unique(torch.cat([p.classes for p in found]))
+    means = []
+    for c in classes.tolist():
+        rows = [Row(p.means[p.classes == c][0]) for p in found if bool((p.classes == c).any())]
+        means.append(combine((rows, {"mean": [1 / len(rows)] * len(rows)})).mean)
+    empty = found[0].means.new_zeros(0, found[0].means.shape[1])
+    return Prototypes(classes, torch.stack(means) if means else empty, torch.ones_like(classes))
 
 
 def outside(p: Prototypes, classes: Tensor) -> Prototypes:
