@@ -5,7 +5,8 @@
     python -m benchmarks.reproduction --table    the table as Markdown, of the results that there are
 
 From the repository's folder. Fashion-MNIST (apt install dataset-fashion-mnist) and Adult, three seeds, 40 rounds. Every
-method has four trials of 15 rounds on another seed, judged on validation rows, for lr and one parameter of its own.
+method has four trials of 15 rounds on another seed, judged on validation rows, for lr and one parameter of its own; all
+try the same lr.
 What is done is kept in ``results``, one file for each method and setting, with date and versions; what was interrupted
 goes on. Several processes may work beside one another. A claim that did not hold stays in the table.
 """

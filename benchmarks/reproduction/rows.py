@@ -31,7 +31,7 @@ class Row:
     def name(self) -> str:
         """How the command line calls it."""
         name, own = parse_method(self.method)
-        return "-".join([name, own["aggregator"]]) if "aggregator" in own else name
+        return "-".join([name, *(own[key].partition(":")[0] for key in ("aggregator", "row_order") if key in own)])
 
     @property
     def label(self) -> str:
@@ -84,22 +84,27 @@ ROWS = (
         beats=("scaffold",),
     ),
     Row(
-        "fedswa",
-        "labels",
-        f"above FedAvg and FedSAM on CIFAR-10/100 and Tiny-ImageNet, 100 clients, Dirichlet 0.1; {UNKNOWN}",
-        own="server_lr",
-    ),
-    Row(
-        "fedmoswa",
-        "labels",
-        f"above FedAvg and SCAFFOLD on CIFAR-10/100 and Tiny-ImageNet, 100 clients, Dirichlet 0.1; {UNKNOWN}",
-        own="server_lr",
-        beats=BOTH,
-    ),
-    Row(
         "fedlex",
         "two-classes",
         f"faster and better than FedAvg on MNIST, two classes a client, 10 clients, 20 % a round; {UNKNOWN}",
+    ),
+    Row(
+        "fedetf",
+        "labels",
+        f"above FedAvg on CIFAR-10/100 and Tiny-ImageNet, ResNet-20, 20 clients, Dirichlet 0.1; {UNKNOWN}",
+    ),
+    Row(
+        "ccvr",
+        "labels",
+        f"above FedAvg on CIFAR-10/100 and CINIC-10; {UNKNOWN}",
+        own="calibration_lr",
+        score="final",
+    ),
+    Row(
+        "fedld",
+        "dirichlet-0.5",
+        f"above FedAvg on Retina and COVID-FL images, 5 clients, all of them a round; {UNKNOWN}",
+        own="lam",
     ),
     Row(
         "feddisco",
@@ -113,11 +118,64 @@ ROWS = (
         f"above FedAvg on CIFAR-10, Fashion-MNIST, HAM10000, 10 clients of 3 classes; {UNKNOWN}",
     ),
     Row(
+        "fedimpro:cut=2",
+        "labels",
+        f"above FedAvg on CIFAR-10, ResNet-18, 5 of 10 clients a round, Dirichlet 0.1; {UNKNOWN}",
+        own="weight",
+    ),
+    Row(
+        "ggeur",
+        "logistic",
+        f"above FedAvg of a head on frozen CLIP features of CIFAR-10/100 and Tiny-ImageNet, Dirichlet 0.1 to 0.5; "
+        f"{UNKNOWN} (here the features are the pixels)",
+        own="target",
+    ),
+    Row(
+        "fedcog:images=64,generate_steps=20",
+        "dirichlet-0.5",
+        f"above FedAvg on CIFAR-10 and Fashion-MNIST, 10 clients, Dirichlet 0.1 and 0.5; {UNKNOWN}",
+        own="disagree",
+    ),
+    Row(
+        "fedloge",
+        "long-tail",
+        f"above FedAvg on CIFAR-10/100-LT, 40 clients, Dirichlet 0.5, most common class 50 to 100 times the rarest; "
+        f"{UNKNOWN}",
+        own="sparsity",
+    ),
+    Row(
+        "fedswa",
+        "labels",
+        f"above FedAvg and FedSAM on CIFAR-10/100 and Tiny-ImageNet, 100 clients, Dirichlet 0.1; {UNKNOWN}",
+        own="server_lr",
+    ),
+    Row(
+        "fedmoswa",
+        "labels",
+        f"above FedAvg and SCAFFOLD on CIFAR-10/100 and Tiny-ImageNet, 100 clients, Dirichlet 0.1; {UNKNOWN}",
+        own="server_lr",
+        beats=BOTH,
+    ),
+    Row(
+        "fald:burn_in=10",
+        "logistic",
+        "a proof of convergence to the posterior; calibration on Fashion-MNIST with logistic regression; "
+        f"{UNKNOWN}",
+        own="temperature",
+        score="ece",
+        missing="the claim is a proof",
+    ),
+    Row(
         "fedce",
         "occupations",
         "contributions correlate at 93.5 and 96.3 % with leave-one-out on prostate and retina images, where Dice is "
         "higher than FedAvg's",
         missing="no segmentation; leave-one-out runs are not made",
+    ),
+    Row(
+        "fedavg:row_order=curriculum:global:linear:0.8:0.2",
+        "labels",
+        f"easy rows first is above rows at random, the more so the more labels are skewed, on CIFAR-10; {UNKNOWN}",
     ),
     Row(
         "fedavg:aggregator=upgrad",
@@ -130,15 +188,6 @@ ROWS = (
         "labels",
         "robust to few bad clients; no claim of accuracy under label skew without them",
         missing="no number is claimed",
-    ),
-    Row(
-        "fald:burn_in=10",
-        "logistic",
-        "a proof of convergence to the posterior; calibration on Fashion-MNIST with logistic regression; "
-        f"{UNKNOWN}",
-        own="temperature",
-        score="ece",
-        missing="the claim is a proof",
     ),
     Row(
         "fedavg-m-vr",
@@ -154,24 +203,5 @@ ROWS = (
         own="beta",
         missing="the claim is a rate",
         beats=("scaffold",),
-    ),
-    Row(
-        "fedetf",
-        "labels",
-        f"above FedAvg on CIFAR-10/100 and Tiny-ImageNet, ResNet-20, 20 clients, Dirichlet 0.1; {UNKNOWN}",
-    ),
-    Row(
-        "ccvr",
-        "labels",
-        f"above FedAvg on CIFAR-10/100 and CINIC-10; {UNKNOWN}",
-        own="calibration_lr",
-        score="final",
-    ),
-    Row(
-        "fedloge",
-        "long-tail",
-        f"above FedAvg on CIFAR-10/100-LT, 40 clients, Dirichlet 0.5, most common class 50 to 100 times the rarest; "
-        f"{UNKNOWN}",
-        own="sparsity",
     ),
 )  # fmt: skip

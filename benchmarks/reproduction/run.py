@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import fcntl
+import hashlib
 import json
 import re
 import shutil
@@ -13,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.reproduction.rows import BASELINES, ROWS, Row
-from benchmarks.reproduction.settings import ROUNDS, SEEDS, TRIAL_ROUNDS, TRIALS, TUNED_ON, options
+from benchmarks.reproduction.settings import (
+    ROUNDS,
+    SEEDS,
+    SETTINGS,
+    TRIAL_ROUNDS,
+    TRIALS,
+    TUNED_ON,
+    options,
+)
 from consilience import experiment
 from consilience.config import settle
 from consilience.core.checkpoint import write_atomically
@@ -51,7 +60,7 @@ def spec(setting: str, label: str, seed: int, rounds: int, data_of: int) -> expe
 
 def go(setting: str, label: str) -> bool:
     """Tune and run; False where another process is at it. What was interrupted goes on where it was."""
-    folder = WORK / kept(setting, label).stem
+    folder = WORK / f"{kept(setting, label).stem}-{_digest(SETTINGS[setting], ROUNDS, TRIALS, TRIAL_ROUNDS)}"
     folder.mkdir(parents=True, exist_ok=True)
     with (WORK / f"{folder.name}.lock").open("w") as lock:
         try:
@@ -65,12 +74,14 @@ def go(setting: str, label: str) -> bool:
         (tuned,) = tune([spec(setting, label, TUNED_ON - 1, TRIAL_ROUNDS, TUNED_ON)], TRIALS, folder / "tuning", _tell)
         record = json.loads((folder / "tuning" / RECORD).read_text())["methods"][label]
         histories = []
+        runs = folder / _digest(sorted(tuned.options.items()))
+        runs.mkdir(exist_ok=True)
         for seed in SEEDS:
             plain = spec(setting, label, seed, ROUNDS, seed)
             run = experiment.RunSpec(label, plain.method, tuned.options, plain.config)
-            done = folder / f"seed{seed}.json"
+            done = runs / f"seed{seed}.json"
             if not done.exists():
-                result = _history(run, folder / f"seed{seed}")
+                result = _history(run, runs / f"seed{seed}")
                 write_atomically(done, json.dumps(result))
             histories.append(json.loads(done.read_text()))
         text = {
@@ -89,6 +100,11 @@ def go(setting: str, label: str) -> bool:
         write_atomically(kept(setting, label), json.dumps(text, indent=1) + "\n")
         shutil.rmtree(folder)
     return True
+
+
+def _digest(*what: object) -> str:
+    """What began with other settings, or with other options, is not gone on with."""
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:8]
 
 
 def _history(run: experiment.RunSpec, folder: Path) -> list[dict[str, float]]:

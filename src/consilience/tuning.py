@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from consilience.core.checkpoint import write_atomically
 from consilience.core.errors import ConfigError, DataError
-from consilience.core.training import Search
+from consilience.core.training import Search, Training
 
 if TYPE_CHECKING:
     from consilience.config import Config
@@ -47,9 +47,10 @@ def tune(runs: Sequence[RunSpec], budget: int, folder: Path, tell: Callable[[str
     """The runs with the options that ``budget`` trials found best for each label.
 
     Trials run on a seed after those of the runs, so that nobody is tuned on a partition it is then judged on; the first
-    one has the options as given. Optuna's TPE proposes the others, from a stream of the label. Every trial is
-    written to ``folder`` as it ends, and not run again when a comparison is resumed. Raises ConfigError without
-    Optuna or validation rows.
+    one has the options as given. In the others every method tries the same values of the options that all have (see
+    :func:`common`), so that none is ahead by luck in drawing them; Optuna's TPE proposes its own options, from a
+    stream of the label. Every trial is written to ``folder`` as it ends, and not run again when a comparison is
+    resumed. Raises ConfigError without Optuna or validation rows.
     """
     firsts, config, federation, objective = prepare(runs)
     done = _read(folder / TRIALS)
@@ -70,6 +71,19 @@ def tune(runs: Sequence[RunSpec], budget: int, folder: Path, tell: Callable[[str
     record = {"budget": budget, "seed": config.seed, **dataclasses.asdict(objective), "methods": told}
     write_atomically(folder / RECORD, json.dumps(record, indent=1))
     return [dataclasses.replace(spec, options=best[spec.label]) for spec in runs]
+
+
+def common(name: str, search: Search, seed: int, number: int) -> float:
+    """What trial ``number`` > 0 on ``seed`` tries of an option that all methods have, whatever method and budget.
+
+    Multiples of the golden ratio, modulo 1, from a start of the seed (Kronecker's sequence): the first n are spread
+    evenly for every n, so that few trials leave no wide part of the range out.
+    """
+    share = (_stream(f"tune {seed} {name}") / 2**32 + number * (math.sqrt(5) - 1) / 2) % 1
+    if search.log:
+        value: float = search.low * (search.high / search.low) ** share
+        return min(value, search.high)
+    return search.low + share * (search.high - search.low)
 
 
 def prepare(runs: Sequence[RunSpec]) -> tuple[list[RunSpec], Config, Federation, Objective]:
@@ -122,10 +136,14 @@ def _study(
     """All trials of one label; those recorded are told to the sampler, not run."""
     optuna = _optuna()
     searched = space(spec)
-    sampler = optuna.samplers.TPESampler(seed=_seed(spec), n_startup_trials=min(10, max(2, budget // 2)))
+    stream = _stream(f"tune {spec.config.seed} {spec.label}")
+    sampler = optuna.samplers.TPESampler(seed=stream, n_startup_trials=min(10, max(2, budget // 2)))
     study = optuna.create_study(direction="minimize" if objective.lower else "maximize", sampler=sampler)
     given = {name: float(spec.options.get(name, _default(spec, name))) for name in searched}
     study.enqueue_trial({name: min(max(given[name], s.low), s.high) for name, s in searched.items()})
+    shared = {name: s for name, s in searched.items() if name in {field.name for field in dataclasses.fields(Training)}}
+    for number in range(1, budget):  # the sampler sees these, and proposes what is left open
+        study.enqueue_trial({name: common(name, s, spec.config.seed, number) for name, s in shared.items()})
     trials: list[dict[str, Any]] = []
     for number in range(budget if searched else 1):
         asked = study.ask()
@@ -152,9 +170,8 @@ def _noun(objective: Objective) -> str:
     return "loss" if objective.lower else "accuracy"
 
 
-def _seed(spec: RunSpec) -> int:
-    digest = hashlib.sha256(f"tune {spec.config.seed} {spec.label}".encode()).digest()
-    return int.from_bytes(digest[:4], "little")
+def _stream(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
 
 
 def _default(spec: RunSpec, name: str) -> Any:

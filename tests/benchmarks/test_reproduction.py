@@ -74,7 +74,8 @@ def test_verdicts(
     assert better == pytest.approx((-1 if score == "ece" else 1) * 100 * (sum(own) - 1.535) / 3)
 
 
-def test_results_say_when_and_with_what() -> None:
+def test_results_say_when_and_with_what_and_all_tried_the_same_step_sizes() -> None:
+    tried = set()
     for path in sorted(run.RESULTS.glob("*.json")):
         found = json.loads(path.read_text())
         assert run.kept(found["setting"], found["method"]) == path
@@ -82,3 +83,6 @@ def test_results_say_when_and_with_what() -> None:
         assert {"torch", "consilience"} <= set(found["versions"])
         assert len(found["tuned"]["trials"]) == 4
         assert len(found["accuracy"]) == len(found["seeds"]) == 3
+        search = found["tuned"]["space"]["lr"]
+        tried.add((search, *(trial["options"]["lr"] for trial in found["tuned"]["trials"])))
+    assert len(tried) <= 1  # or some drew better step sizes than others

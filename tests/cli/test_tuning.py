@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -11,11 +14,12 @@ import torch
 from consilience import experiment
 from consilience.config import settle
 from consilience.core.errors import ConfigError
+from consilience.core.training import Search
 from consilience.data.federation import ArrayFederation
 from consilience.methods.fedavg import FedAvg
 from consilience.methods.local import Local
 from consilience.simulate import run
-from consilience.tuning import Objective, space, tune, validation_score
+from consilience.tuning import Objective, common, space, tune, validation_score
 
 OPTIONS = {"clients": 4, "rounds": 2, "model": "mlp:16", "executor": "serial", "partition": "dirichlet:0.3"}
 
@@ -78,6 +82,40 @@ def test_what_is_searched() -> None:
     plain, fixed = experiment.specs(settle(OPTIONS), ["fedprox", "fedprox:lr=0.1"])
     assert set(space(plain)) == {"lr", "mu"}
     assert set(space(fixed)) == {"mu"}
+
+
+def test_all_methods_try_the_same_step_sizes(tmp_path: Path) -> None:
+    """Whatever else they search, whatever they scored, tuned together or alone; other options are each method's own."""
+    pytest.importorskip("optuna")
+    specs = experiment.specs(settle({**OPTIONS, "rounds": 1}), ["fedavg", "fedprox", "fedprox:momentum=0.5", "local"])
+    (tmp_path / "all").mkdir()
+    tune(specs, 4, tmp_path / "all", lambda text: None)
+    found = json.loads((tmp_path / "all" / "tuning.json").read_text())["methods"]
+    tried = {label: [trial["options"]["lr"] for trial in own["trials"]] for label, own in found.items()}
+    assert len(set(tried["fedavg"])) == 4
+    assert all(lrs == tried["fedavg"] for lrs in tried.values())
+    mus = [[t["options"]["mu"] for t in found[label]["trials"]] for label in ("fedprox", "fedprox:momentum=0.5")]
+    assert mus[0][0] == mus[1][0]
+    assert not set(mus[0][1:]) & set(mus[1][1:])
+    (tmp_path / "alone").mkdir()
+    tune(specs[1:2], 2, tmp_path / "alone", lambda text: None)
+    alone = json.loads((tmp_path / "alone" / "tuning.json").read_text())["methods"]["fedprox"]["trials"]
+    assert [t["options"] for t in alone] == [t["options"] for t in found["fedprox"]["trials"][:2]]
+
+
+@pytest.mark.parametrize("search", [Search(1e-3, 1.0), Search(2.0, 5.0, log=False)])
+def test_what_all_try_is_spread_evenly(search: Search) -> None:
+    """Of every first n, no third of the range is left out by 5 or more, and the widest gap is below 2 / n for all n."""
+    for seed in range(20):
+        values = [common("lr", search, seed, number) for number in range(1, 65)]
+        ends = (math.log(search.low), math.log(search.high)) if search.log else (search.low, search.high)
+        shares = [((math.log(v) if search.log else v) - ends[0]) / (ends[1] - ends[0]) for v in values]
+        assert all(0 <= share <= 1 for share in shares)
+        for n in range(5, 65):
+            assert {int(min(share, 0.999) * 3) for share in shares[:n]} == {0, 1, 2}
+            gaps = [b - a for a, b in pairwise([0.0, *sorted(shares[:n]), 1.0])]
+            assert max(gaps) < 2 / n
+    assert common("lr", search, 0, 1) != common("lr", search, 1, 1)
 
 
 def test_without_optuna_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

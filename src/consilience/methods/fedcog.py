@@ -57,10 +57,10 @@ class FedCOG(Method):
 
     Up to round ``start``, and for clients with equally many rows of all classes, it is FedAvg bit for bit.
 
-    Source: Ye, Ni, Wang, Chen, Wang, "Federated Learning with Consensus-Oriented Generation", 2023, and its official
-    code. Deviations: no augmentation of generated inputs, no BatchNorm statistics in their loss, no generator network;
-    Adam's usual betas instead of (0.5, 0.9); labels sum to M (the code drops remainders); the best inputs are kept (the
-    code's are overwritten by later steps).
+    Source: Ye, Du, Ni, Chen, Wang, "Fake It Till Make It: Federated Learning with Consensus-Oriented Generation", 2023
+    (arXiv 2312.05966), and its official code. Deviations: no augmentation of generated inputs, no BatchNorm statistics
+    in their loss, no generator network; Adam's usual betas instead of (0.5, 0.9); labels sum to M (the code drops
+    remainders); the best inputs are kept (the code's are overwritten by later steps).
     """
 
     name = "fedcog"

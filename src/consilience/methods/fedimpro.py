@@ -61,10 +61,13 @@ class FedImpro(Method):
 
     weight = 0 is FedAvg bit for bit, as is the first round.
 
-    Source: Tang, Zhang, Shi, He, Han, Chu, "FedImpro: Measuring and Improving Client Update in Federated Learning",
-    ICLR 2024, and its official code. Deviations: the step a (the code divides the length of a feature by a constant);
-    no detached cut and no contrast of real and fake features, which its commands leave off. The paper cuts a ResNet
-    in the middle.
+    Source: Tang, Zhang, Shi, Tian, Liu, Han, Chu, "FedImpro: Measuring and Improving Client Update in Federated
+    Learning", ICLR 2024, and its official code, with the weights that its commands use ("gradual2half": real rows keep
+    the weight 1). Deviations: the code's t / ramp goes on growing above 1; its other weights, "gradual" (1 - w_t for
+    real rows) and "gradualhalfhalf", are not offered; the step a (the code divides the length of a feature by a
+    constant); no turn of fake labels more where a batch is whole turns; noise is off unless asked for (the code's
+    default is 0.001); no detached cut and no contrast of real and fake features, which its commands leave off. The
+    paper cuts a ResNet in the middle.
     """
 
     name = "fedimpro"

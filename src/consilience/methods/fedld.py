@@ -38,7 +38,7 @@ class FedLD(Method):
     lam = 0 with directions "mean" is FedAvg (form "delta") bit for bit; "span" with kappa = 1 is it in exact
     arithmetic.
 
-    Source: Zeng, Guo, Ren, Wang, et al., "Tackling Data Heterogeneity in Federated Learning via Loss Decomposition",
+    Source: Zeng, Guo, Wang, Wang, Zhou, Qu, "Tackling Data Heterogeneity in Federated Learning via Loss Decomposition",
     MICCAI 2024, and its official code. That turns w_j to the majority but then projects on it, which the sign does not
     change: "project" is what it does, "align" what the turn is for. Deviations: buffers are averaged; k is at least 1.
     """
@@ -97,7 +97,7 @@ def principal(updates: Tensor, shares: Sequence[float], kappa: float, directions
     m = len(updates)
     values, vectors = torch.linalg.eigh(updates @ updates.T / m)
     k = max(1, math.floor(kappa * m + 1e-9))
-    s, u = values.clamp_min(0).flip(0), vectors.flip(1)[:, :k]
+    s, u = values.flip(0), vectors.flip(1)[:, :k]
     if not s[0]:
         return torch.zeros_like(updates[0])
     p = torch.tensor(shares, dtype=updates.dtype)

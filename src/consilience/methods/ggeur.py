@@ -67,11 +67,13 @@ class GGEUR(Method):
 
     target = 0 is FedAvg of the head on the features, bit for bit.
 
-    Source: Ma, Dai, Huang, Wang, et al., "Geometric Knowledge-Guided Localized Global Distribution Alignment for
-    Federated Learning", CVPR 2025, and its official code, for clients of one domain. Deviations: all holders of a class
-    are pooled (the code: the largest that have 80 % of it); a class with target rows or more keeps all; the head learns
-    from scores and is synchronised each round (the code applies softmax twice and does not synchronise); SGD by
-    default. Drawing around the prototypes of other domains is not part of this.
+    Source: Ma, Dai, Huang, Chen, "Geometric Knowledge-Guided Localized Global Distribution Alignment for Federated
+    Learning", CVPR 2025, and its official code, for clients of one domain (target 5,000 for CIFAR-10). Deviations: all
+    holders of a class are pooled (the code: the largest that have 80 % of it, or the largest alone); rows take turns in
+    shuffled order (the code draws as often around each and cuts off what is too much); the head learns from scores, of
+    the client's own rows, and is synchronised each round (the code applies softmax twice, gives every client all rows,
+    and one of its scripts does not send the mean back). Drawing around the prototypes of other domains is not part of
+    this.
     """
 
     name = "ggeur"

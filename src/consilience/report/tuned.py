@@ -61,8 +61,8 @@ def tuning_section(facts: Facts, number: int) -> str:
     what = "the global model on all validation rows" if record["metric"] == "global" else "the mean over clients"
     text = (
         f"Trials ran on seed {record['seed']}, which no run shown here has, and were judged by {what}; test rows were "
-        "not looked at. The first trial is the options as given, the others were proposed by Optuna&rsquo;s TPE. The "
-        "winners ran anew on the seeds of this page."
+        "not looked at. The first trial is the options as given; in the others all methods tried the same values of "
+        "the options that all have, and Optuna&rsquo;s TPE proposed their own. The winners ran anew on the seeds here."
     )
     inner = table("What each method was given.", "Tuning", columns, rows) + note(text)
     return section("tuning", number, "Tuning", finding, inner + details("All trials", _trials(facts, record)))
