@@ -41,6 +41,7 @@ from consilience.folder import RunFolder, digest_text
 from consilience.measure.metrics import Standard
 from consilience.parts.compose import composed
 from consilience.parts.split import head_of
+from consilience.privacy.options import NONE, Privacy
 from consilience.schedule import names as schedules
 from consilience.schedule.buffered import Buffered
 from consilience.wire.validate import Validation
@@ -140,6 +141,7 @@ def run(
     client_state_memory: int | str | None = "1GB",
     init: Weights | None = None,
     clock: Clock | None = None,
+    privacy: Privacy = NONE,
     seed: int = 0,
     out: str | Path | None = None,
     resume: bool = False,
@@ -154,13 +156,13 @@ def run(
     clients per round. client_state_memory: bytes of clients' states to keep in memory, as a number or as in "500MB"
     (None: all); those used least lately go to files, in ``out`` or among temporary files. fleet: of simulated
     devices: a name, a csv file, a function, or a Device for each client. clock: how long jobs take in virtual time,
-    instead of a fleet. address: of the Ray cluster, with executor "ray". out: a folder to write; resume: go on from the
+    instead of a fleet. privacy: what is to be private. address: of the Ray cluster, with executor "ray". out: a folder to write; resume: go on from the
     folder's newest checkpoint. config: what config.yaml shall say. on_line: called with each line of history. The rest
     as in the command line.
 
     Raises ConfigError, DataError or NeedsError before any work, ClientError if a client's own code fails.
     """
-    method = composed(method)
+    method = composed(privacy.method(method))
     worker = prepare(
         method, federation, model=model, models=models, feature_dim=feature_dim, topology=topology, mixing=mixing,
         init=init, seed=seed, fleet=fleet, fleet_correlation=fleet_correlation,
@@ -172,6 +174,9 @@ def run(
     }  # fmt: skip
     found, rule = timing(worker, participation=participation, clock=clock, **when)  # type: ignore[arg-type]
     path = None if out is None else Path(out)
+    cohort = cohort_size(participation, federation.n_seen)
+    shown = {"rounds": rounds, "cohort": cohort, "available": availability == "always"}
+    privacy.release(worker, rule, **shown)  # refused before anything is written
     # what a checkpoint may be resumed with: everything that decides the bits, beside the data's fingerprint
     named = (
         method.name,
@@ -187,7 +192,7 @@ def run(
     )
     devices = fleet if clock is None else getattr(clock, "name", type(clock).__qualname__)
     combines = rule if schedule is None or isinstance(schedule, str) else type(rule).__qualname__
-    identity = repr((*named, devices, availability, drops, fleet_correlation, combines))
+    identity = repr((*named, devices, availability, drops, fleet_correlation, combines, *((privacy,) if privacy.asked else ())))
     budget = None if client_state_memory is None else parse_bytes(client_state_memory)
     with cluster(executor, address, workers):
         recorder, snapshot, spent = _recorder(
@@ -197,12 +202,13 @@ def run(
         keeper = _Keeper(recorder, states, on_line)
         setup = Setup(
             rounds=rounds,
-            cohort=cohort_size(participation, federation.n_seen),
+            cohort=cohort,
             schedule=rule,
             clock=found,
             measures=Standard(),
             recorder=keeper,
             stages=() if worker.check is None else (worker.check,),
+            release=privacy.release(worker, rule, **shown, folder=path),
             evaluation=Evaluation(eval_every, eval_clients_every, eval_clients, worker.place.chunk),
             checkpoint_every=checkpoint_every,
             elapsed=spent,

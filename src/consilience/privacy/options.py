@@ -1,0 +1,121 @@
+"""What may be asked of a run's privacy, checked, and the release that it makes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from consilience.core.errors import ConfigError, NeedsError
+from consilience.core.events import Schedule
+from consilience.core.messages import Release
+from consilience.core.method import Method
+from consilience.core.worker import Worker
+from consilience.privacy import suits
+from consilience.privacy.clip import parse
+from consilience.privacy.ledger import Ledger
+from consilience.privacy.mechanism import make, solved
+from consilience.schedule.rounds import Rounds
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """Options of privacy. epsilon: to be spent by the whole run at ``delta``; noise: or the noise multiplier itself.
+    clip, mechanism: as in :func:`consilience.privacy.clip.parse` and :data:`consilience.privacy.mechanism.MECHANISMS`.
+
+    Raises ConfigError.
+    """
+
+    epsilon: float | None = None
+    delta: float = 1e-6
+    noise: float | None = None
+    clip: str = "1.0"
+    mechanism: str = "poisson"
+
+    def __post_init__(self) -> None:
+        if self.epsilon is not None and self.noise is not None:
+            raise ConfigError("--epsilon and --noise-multiplier say the same thing; give one of them")
+        if self.epsilon is not None and not 0 < self.epsilon < math.inf:
+            raise ConfigError(f"--epsilon {self.epsilon:g}: above 0 and finite")
+        if not 0 < self.delta < 1:
+            raise ConfigError(f"--delta {self.delta:g}: between 0 and 1, and well below 1 / clients")
+        if self.noise is not None and not 0 <= self.noise < math.inf:
+            raise ConfigError(f"--noise-multiplier {self.noise:g}: 0 or more")
+        if math.isinf(parse(self.clip).norm) and (self.epsilon is not None or self.noise):
+            raise ConfigError("--dp-clip inf clips nothing, so no noise could cover it; give a finite norm")
+        make(self.mechanism, 1, 1, 1)
+
+    @property
+    def asked(self) -> bool:
+        """Whether anything is to be private."""
+        return self.epsilon is not None or self.noise is not None
+
+    def method(self, method: Method) -> Method:
+        """The method as it runs with this."""
+        return suits.uniform(method) if self.asked else method
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        """Refuse options of a method that were asked for and that privacy would overrule."""
+        for key, right in (("weights", "uniform"), ("form", "delta")):
+            if self.asked and options.get(key, right) != right:
+                raise ConfigError(f"{key}={options[key]} with differential privacy: only {key}={right} is covered by it")
+
+    def release(
+        self, worker: Worker, schedule: Schedule, *, rounds: int, cohort: int, available: bool, folder: Path | None = None
+    ) -> Release | None:
+        """The release of a run, checked against its method and schedule; None if nothing was asked for. available:
+        whether all clients can always be reached. folder: where the ledger is kept."""
+        if not self.asked:
+            return None
+        method, place = worker.method, worker.place
+        why = suits.why_not(method, place)
+        if why is not None:
+            raise NeedsError(f"{method.name} {why}: it cannot run with differential privacy\n{fitting()}")
+        buffer = suits.buffers_of(method, place)
+        if buffer is not None:
+            raise NeedsError(
+                f"model '{place.model_of(0)}' has buffers ('{buffer}') that privacy does not cover; keep them at the "
+                "clients with --buffers local"
+            )
+        if not isinstance(schedule, Rounds) or not available:
+            raise ConfigError("differential privacy draws the clients itself: it needs --schedule rounds and "
+                              "--availability always")  # fmt: skip
+        clip, clients = parse(self.clip), worker.federation.n_seen
+        if clip.kind == "adaptive" and self.mechanism == "tree":
+            raise ConfigError("--dp-clip adaptive changes the bound within a tree; give --dp-mechanism tree a fixed one")
+        mechanism = make(self.mechanism, clients, cohort, rounds, place.seed)
+        noise = self.noise if self.epsilon is None else solved(mechanism, self.epsilon, self.delta)
+        assert noise is not None
+        from consilience.privacy.central import Central
+        from consilience.privacy.ledger import LEDGER
+
+        made = method.sends()
+        assert made is not None
+        return Central(
+            made, mechanism, clip, noise, self.delta, suits.weights(method, mechanism.cohort),
+            suits.template(method, place), Ledger(None if folder is None else folder / LEDGER), f"seed {place.seed}",
+            self.epsilon,
+        )  # fmt: skip
+
+
+def fitting() -> str:
+    """The methods that run on sums, in words."""
+    from consilience import methods
+    from consilience.core.method import sums_suffice
+
+    found = []
+    for name, cls in methods.every().items():
+        try:
+            made = suits.uniform(cls.make({}))
+        except (NeedsError, ConfigError):
+            continue
+        if len(made.program()) == 1 and sums_suffice(made) and made.sends() is not None:
+            found.append(name)
+    return f"methods that want sums only: {', '.join(found)}"
+
+
+NONE = Privacy()
+"""Nothing private."""
+
