@@ -128,7 +128,9 @@ def _privacy(config: Config) -> Any:
     """What is to be private."""
     from consilience.privacy.options import Privacy
 
-    return Privacy(config.epsilon, config.delta, config.noise_multiplier, config.dp_clip, config.dp_mechanism)
+    return Privacy(
+        config.epsilon, config.delta, config.noise_multiplier, config.dp_clip, config.dp_mechanism, config.secure
+    )
 
 
 def _devices(config: Config) -> dict[str, Any]:

@@ -156,9 +156,9 @@ def run(
     clients per round. client_state_memory: bytes of clients' states to keep in memory, as a number or as in "500MB"
     (None: all); those used least lately go to files, in ``out`` or among temporary files. fleet: of simulated
     devices: a name, a csv file, a function, or a Device for each client. clock: how long jobs take in virtual time,
-    instead of a fleet. privacy: what is to be private. address: of the Ray cluster, with executor "ray". out: a folder to write; resume: go on from the
-    folder's newest checkpoint. config: what config.yaml shall say. on_line: called with each line of history. The rest
-    as in the command line.
+    instead of a fleet. privacy: what is to be private. address: of the Ray cluster, with executor "ray". out: a folder
+    to write; resume: go on from the folder's newest checkpoint. config: what config.yaml shall say. on_line: called
+    with each line of history. The rest as in the command line.
 
     Raises ConfigError, DataError or NeedsError before any work, ClientError if a client's own code fails.
     """
@@ -192,7 +192,9 @@ def run(
     )
     devices = fleet if clock is None else getattr(clock, "name", type(clock).__qualname__)
     combines = rule if schedule is None or isinstance(schedule, str) else type(rule).__qualname__
-    identity = repr((*named, devices, availability, drops, fleet_correlation, combines, *((privacy,) if privacy.asked else ())))
+    identity = repr(
+        (*named, devices, availability, drops, fleet_correlation, combines, *((privacy,) if privacy != NONE else ()))
+    )
     budget = None if client_state_memory is None else parse_bytes(client_state_memory)
     with cluster(executor, address, workers):
         recorder, snapshot, spent = _recorder(

@@ -68,6 +68,7 @@ class Loop:
         self.due = False
         self.began = time.perf_counter() - setup.elapsed
         self._open: list[_Open] = []
+        self._asked_now: set[int] = set()
         self._laps: list[dict[str, Any]] = []
         self._timed = type(setup.clock) is not Instant
         self._real = setup.clock if isinstance(setup.clock, RealTime) else None
@@ -241,6 +242,7 @@ class Loop:
                 )
             )
         self.next_job += len(jobs)
+        self._asked_now |= {job.client for job in jobs}
         self.started += 0 if again else len(jobs)
         if self.program[chain[0]].over == "neighbours":
             self._exchange(jobs)
@@ -345,6 +347,7 @@ class Loop:
             return
         self.version += 1
         self.outbox.forget()
+        self._asked_now = set()
         self.chain, self.started, self.ready = 0, 0, True
         if self.version == self.setup.rounds:
             self._barriers("end")
@@ -361,7 +364,7 @@ class Loop:
             given = good if summed is None else [summed]
             cohort = [reply.job.client for reply in replies]
             if self.setup.release is not None:
-                given, cohort = self._released(self.setup.release, chain[-1], good, cohort), []
+                given, cohort = self._released(self.setup.release, chain[-1], good), []
             if given:
                 call = Call("aggregate", (chain[-1], self.version, self.server, given, cohort))
                 here = self.worker.run if not self.method.trains_on_server else self.executor.run
@@ -389,9 +392,9 @@ class Loop:
                 self.setup.recorder.refused(self.version + 1, refusals)
         return replies
 
-    def _released(self, release: Release, phase: int, replies: Sequence[Reply], asked: Sequence[int]) -> list[Reply]:
+    def _released(self, release: Release, phase: int, replies: Sequence[Reply]) -> list[Reply]:
         """One reply with what may be known of these, and nothing else of them."""
-        update, self.release, traffic = release(replies, asked, self.version, self.release)
+        update, self.release, traffic = release(replies, sorted(self._asked_now), self.version, self.release)
         for client, (up, down) in traffic.items():
             self._spend(Totals(up, down), client)
         nobody = Job(-1, -1, 0, 0, self.version, phase)

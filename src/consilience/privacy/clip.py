@@ -23,10 +23,10 @@ class Clip(NamedTuple):
     for d_h of d numbers, so that sum_h C_h^2 = C^2. normalise: where ||delta|| > C, every tensor is scaled to norm
     C / sqrt(H), small ones up. adaptive: flat, with C following the quantile of norms.
 
-    layers, dim and normalise are the sheet of clipping for large transformers (Pelikan, Azam, Feldman, Silovsky, Talwar,
-    Brendel, Likhomanenko, 2023; normalise is what its code does, the others its text); adaptive is Andrew, Thakkar,
-    McMahan, Ramaswamy, "Differentially Private Learning with Adaptive Clipping", NeurIPS 2021:
-    C <- C exp(-0.2 (b - quantile)), where b is the noised share of clients at most C long.
+    layers, dim and normalise are made for large transformers (Pelikan, Azam, et al., 2023, "Enabling Differentially
+    Private Federated Learning for Speech Recognition"; normalise is what the code does, the others the text);
+    adaptive: Andrew, Thakkar, McMahan, Ramaswamy, "Differentially Private Learning with Adaptive Clipping", NeurIPS
+    2021: C <- C exp(-0.2 (b - quantile)), where b is the noised share of clients at most C long.
     """
 
     kind: Kind = "flat"

@@ -1,8 +1,8 @@
 """Who takes part and what that costs: a sampler and its accountant in one object, so that they always match.
 
-Noise is told as the noise multiplier z: the standard deviation of what is added to a sum of vectors of norm at most C is
-z C. Every epsilon here is an upper bound. The unit of privacy is a client with all its rows; how many clients there are
-(N) and how many a round asks for (m) are public.
+Noise is told as the noise multiplier z: to a sum of vectors of norm at most C, noise of standard deviation z C is
+added. Every epsilon here is an upper bound. The unit of privacy is a client with all its rows; how many clients there
+are (N) and how many a round asks for (m) are public.
 """
 
 from __future__ import annotations
@@ -171,8 +171,8 @@ class Tree(Mechanism):
     noised sums of the updates below them, and each round's sum is the difference of two prefix sums put together from
     nodes. A client is below at most floor(log2(rounds of the epoch)) + 1 nodes, and every epoch has a tree of its own,
     so all that is released is one Gaussian mechanism with squared sensitivity C^2 times that, summed over epochs: exact
-    by Balle and Wang (2018). Neighbours: a client's updates are replaced by zeros. The simple estimate of prefix sums is
-    used, not Honaker's.
+    by Balle and Wang (2018). Neighbours: a client's updates are replaced by zeros. Prefix sums are estimated in the
+    simple way, not in Honaker's.
     """
 
     name = "tree"

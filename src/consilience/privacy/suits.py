@@ -6,19 +6,22 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
+from consilience.core import tree as tr
 from consilience.core.errors import ConfigError, NeedsError
 from consilience.core.messages import Job, Kind, Reply, kinds
 from consilience.core.method import Method, sums_suffice
+from consilience.core.model import Weights
 from consilience.core.site import Place
+from consilience.core.tree import Tree
 
 
 def uniform(method: Method) -> Method:
     """A method with equal weights and differences up, as private sums need it; other rules than numbers of samples are
     refused. Raises NeedsError."""
     if method.weights not in ("samples", "uniform"):
-        raise NeedsError(f"{method.name}: weights={method.weights} come from clients' data; privacy has weights=uniform")
+        raise NeedsError(
+            f"{method.name}: weights={method.weights} come from clients' data; privacy has weights=uniform"
+        )
     try:
         return dataclasses.replace(method, weights="uniform", form="delta")
     except ConfigError:
@@ -40,8 +43,14 @@ def why_not(method: Method, place: Place) -> str | None:
         return "uses clients' rows otherwise than through updates"
     if len(place.architectures) > 1:
         return "has clients of different architectures here"
-    odd = [f for f, kind in kinds(made).items() if kind in (Kind.MODEL, Kind.STAT)]
-    return f"sends '{odd[0]}', which is no difference" if odd else None
+    return None
+
+
+def no_difference(method: Method) -> str | None:
+    """A field of the updates that is no difference, so that its length means nothing; None if all are."""
+    made = method.sends()
+    assert made is not None
+    return next((f for f, kind in kinds(made).items() if kind in (Kind.MODEL, Kind.STAT)), None)
 
 
 def buffers_of(method: Method, place: Place) -> str | None:
@@ -63,7 +72,7 @@ def weights(method: Method, cohort: int) -> dict[str, float]:
     return {name: shares[0] for name, shares in found.items()}
 
 
-def template(method: Method, place: Place) -> dict[str, dict[str, torch.Tensor]]:
+def template(method: Method, place: Place) -> dict[str, Tree]:
     """Zeros like each field of an update. Raises NeedsError where its shape is not known beforehand."""
     made = method.sends()
     assert made is not None
@@ -71,11 +80,16 @@ def template(method: Method, place: Place) -> dict[str, dict[str, torch.Tensor]]
     spec = place.architectures[name].spec
     buffers = {} if method.buffers == "local" else spec.buffers
     own: Mapping[Any, Any] = method.expects(place, name)
-    usual: dict[Any, Any] = {Kind.DELTA: spec.params, Kind.CONTROL: spec.params, Kind.BUFFERS: buffers}
+    usual: dict[Any, Any] = {
+        Kind.DELTA: spec.params, Kind.CONTROL: spec.params, Kind.BUFFERS: buffers,
+        Kind.MODEL: Weights(spec.params, buffers),
+    }  # fmt: skip
     fields = {}
     for field, kind in kinds(made).items():
-        shape = {} if kind is Kind.BUFFERS and not buffers else own.get(field, usual[kind])
-        if not isinstance(shape, dict):
+        shape = {} if kind is Kind.BUFFERS and not buffers else own.get(field, usual.get(kind))
+        if isinstance(shape, Weights) and not buffers:
+            shape = shape._replace(buffers={})
+        if not isinstance(shape, dict | Weights):
             raise NeedsError(f"{method.name}: '{field}' has no shape that is known beforehand")
-        fields[field] = {key: torch.zeros_like(value) for key, value in shape.items()}
+        fields[field] = tr.zeros_like(shape)
     return fields

@@ -13,7 +13,8 @@ from consilience.core.tree import Tree
 class Rounds:
     """Synchronous rounds. Nothing to remember: a round is over when nothing is in flight.
 
-    A cohort that is sampled may be empty, and its round is made of nobody; else, of a cohort only those are asked that are online; when nobody is, the round begins with whoever comes first.
+    A cohort that is sampled may be empty, and its round is then made without anybody. Of any other only those are
+    asked that are online; when nobody is, the round begins with whoever comes first.
     """
 
     def init(self) -> Tree:
