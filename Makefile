@@ -33,7 +33,7 @@ demo: $(VENV)/.core
 		--clients 20 --partition dirichlet:0.1 --participation 0.5 --rounds 30 --seeds 3 --out $(DEMO)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 slow: $(VENV)/.dev
 	$(BIN)/python -m pytest

@@ -58,6 +58,13 @@ FIXTURES = {
     ),
     "fedasmu-spread": Case(FedASMU(), {"schedule": Immediate(), "clock": Spread(), "participation": 3}),
 }
+LOCAL = {
+    "sam": Case(
+        FedProx(optimizer="sam+sgg:2+grokfast+adam", local_steps=4, lr=0.01, row_order="curriculum:both:root:0.8:0.3")
+    ),
+    "oasis": Case(FedAvg(optimizer="oasis", local_steps=3, lr=0.01, buffers="local", row_order="anti:local")),
+}
+"""Local optimisers that ask much, and orders of rows."""
 COMPOSED = {
     "scaffold-disco": Case(Scaffold(weights="disco")),
     "fedprox-fedce": Case(FedProx(weights="fedce", aggregator="trimmed:0.2")),
@@ -80,6 +87,7 @@ SCHEDULES = {
 }
 SMALL: dict[str, dict[str, Any]] = {
     "fedbuff": {"buffer": 2},
+    "fedopt": {"server_optimizer": "sgg:2+grokfast+adam"},
     "fedcompass": {"least": 2, "most": 8},
     "cfl": {"wait": 1, "eps1": 9.0, "eps2": 0.0},
     "feddistill": {"exclude_own": True},
@@ -117,6 +125,7 @@ CASES = (
         for name, cls in methods.every().items()
     }
     | {f"fixture-{k}": c for k, c in FIXTURES.items()}
+    | {f"local-{k}": c for k, c in LOCAL.items()}
     | {f"composed-{k}": c for k, c in COMPOSED.items()}
     | {f"schedule-{k}": c for k, c in SCHEDULES.items()}
 )

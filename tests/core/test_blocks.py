@@ -67,6 +67,7 @@ def test_the_methods_that_want_no_more_than_sums() -> None:
         "fedadagrad",
         "fedadam",
         "fedyogi",
+        "fedopt",
         "scaffold",
         "moon",
         "fedsam",

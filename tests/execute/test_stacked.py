@@ -78,11 +78,20 @@ def alone(method: Method, model: Architecture, client: int) -> Any:
     return at.run(Call("train", (Job(client, client, 1, 0, 0, 0), None), message))[0]
 
 
-@pytest.mark.parametrize("name", methods.NAMES)
+def long_ones() -> list[Any]:
+    """Every method; those that do not compute in step, and so cannot differ but by what surrounds it, only in long
+    runs of the suite."""
+    return [
+        pytest.param(name, marks=pytest.mark.slow if methods.get(name).unstacked and name != "moon" else ())
+        for name in methods.NAMES
+    ]
+
+
+@pytest.mark.parametrize("name", long_ones())
 def test_every_method_is_as_serial_in_float64(name: str) -> None:
     """Over 100 local steps and more: five clients of different sizes, so that they drop out one after another."""
     method = methods.get(name)(**{**USUAL, "local_epochs": 20})
-    rounds = [result(method, executor, WIDE64, 6, participation=4) for executor in ("serial", "stacked")]
+    rounds = [result(method, executor, WIDE64, 3, participation=4) for executor in ("serial", "stacked")]
     assert distance(*rounds) < 1e-12
     assert rounds[0].history[-1]["steps"] == rounds[1].history[-1]["steps"] > 100
 

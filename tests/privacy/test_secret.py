@@ -122,6 +122,8 @@ def test_lost_clients_are_made_up_for_and_bytes_are_counted() -> None:
     plain, secret = result("fedavg", None, **drops), result("fedavg", **drops)
     for a, b in zip(tr.tensors(plain.server), tr.tensors(secret.server), strict=True):
         torch.testing.assert_close(a, b, atol=3e-6, rtol=1e-5)
+    with pytest.raises(ConsilienceError, match="are needed"):
+        result("fedavg", 1.0, **drops)
     whole = result("fedavg", rounds=1)
     numbers = 5 * 8 + 8 + 8 * 3 + 3
     assert whole.history[-1]["bytes_up"] == 5 * (6 * numbers + 2 * 32 + 5 * 148 + 5 * 66)
@@ -134,7 +136,7 @@ def test_what_cannot_be_summed_is_refused() -> None:
     ):  # fmt: skip
         with pytest.raises((NeedsError, ConfigError), match=why):
             result(name, **more)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="--secure 0.5"):
+    with pytest.raises(ConfigError, match="above 0.5"):
         Privacy(secure=0.5)
     with pytest.raises(ConsilienceError, match="are needed"):
         Secret(make("fedavg", {}), 1.0, {}, 0, lambda client: 1).sum({1: np.zeros(1, dtype=np.uint64)}, [1, 2], 2, 0)

@@ -5,38 +5,26 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from consilience.core import optim
+from consilience.core import optim, order
 from consilience.core.federation import Split
-from consilience.core.model import Instance, Params, Weights
+from consilience.core.gradient import Asker, Batch, Grad, Gradient, Loss, Models, Modules, Sharp, apart
+from consilience.core.model import Params, Weights
 from consilience.core.tree import Tree
 
 if TYPE_CHECKING:
     from consilience.core.site import Site
 
-
-class Batch(NamedTuple):
-    """Rows of one step: inputs ``(b, *shape)``, targets ``(b, ...)``, and their row numbers ``(b,)``."""
-
-    x: Tensor
-    y: Tensor
-    rows: Tensor
+__all__ = ["Batch", "Fit", "Grad", "Loss", "Models", "Plan", "Step", "Together", "apart", "fit_samples", "n_steps"]
+__all__ += ["picked", "shuffled", "training"]
 
 
-Models = Any
-"""What a loss is given: the module, or a dict of modules when several are trained together."""
-Loss = Callable[[Models, Batch], Tensor]
-"""``loss(model, batch)`` -> scalar."""
-Grad = Callable[..., Params]
-"""``grad(params=None, batch=None)`` -> gradient by name, at the current or other parameters; the dropout key
-of the step is the same at every call, and buffers move at the first call only. Clipped if the method clips; plain
-SGD's weight decay is added after that."""
 Step = Callable[[Params, Grad, Batch, Tree], tuple[Params, Tree]]
 """``step(params, grad, batch, carry)`` -> (direction, carry). The direction points uphill, as a gradient does."""
 
@@ -69,7 +57,8 @@ class Plan:
     data: rows to train on. model: architecture name (or a dict of them, like the weights). batches: batches of
     row numbers instead of shuffled epochs. sample_weight: ``(n,)``, multiplies each row's loss. lr: a number,
     or a function of the step number. momentum, weight_decay: for an optimizer of the fit's own, which may have none.
-    sum_gradients: whether grad_sum is wanted. purpose: of the batch stream.
+    sum_gradients: whether grad_sum is wanted. purpose: of the batch stream; rows are ordered (``row_order``) in the
+    client's training on its own rows, which is what has the default purpose.
     """
 
     loss: Loss | None = None
@@ -136,126 +125,6 @@ def _pick(data: Split, several: list[Tensor]) -> Iterator[Batch]:
     return map(Batch, *(part.split_with_sizes(sizes) for part in parts))
 
 
-@dataclass
-class _Models:
-    """The modules of one fit, seen as one flat set of named parameters."""
-
-    instances: dict[str, Instance]
-    single: bool
-    names: list[str] = field(default_factory=list)
-    leaves: list[nn.Parameter] = field(default_factory=list)
-
-    def choose(self, trainable: Callable[[str], bool] | None) -> None:
-        for key, instance in self.instances.items():
-            for name, p in instance.parameters.items():
-                full = name if self.single else f"{key}/{name}"
-                chosen = name not in instance.frozen if trainable is None else trainable(full)
-                p.requires_grad_(chosen)
-                if chosen:
-                    self.names.append(full)
-                    self.leaves.append(p)
-        if not self.leaves:
-            raise ValueError("nothing to train: no parameter was chosen as trainable")
-
-    def flops(self) -> float:
-        """FLOP for a row: forward and backward of every model of which anything is trained, forward of others."""
-        total = 0.0
-        for key, instance in self.instances.items():
-            trained = self.single or any(name.startswith(f"{key}/") for name in self.names)
-            cost = instance.architecture.flops
-            total += cost.training if trained else cost.forward
-        return total
-
-    @property
-    def modules(self) -> Models:
-        return self.instances[""].module if self.single else {key: i.module for key, i in self.instances.items()}
-
-    def live(self) -> Params:
-        return {name: p.data for name, p in zip(self.names, self.leaves, strict=True)}
-
-    def buffers(self) -> list[Tensor]:
-        return [b for instance in self.instances.values() for b in instance.buffers.values()]
-
-    def point(self, params: Params) -> None:
-        for name, p in zip(self.names, self.leaves, strict=True):
-            p.data = params[name]
-
-    def read(self) -> Any:
-        weights = {key: instance.weights() for key, instance in self.instances.items()}
-        return weights[""] if self.single else weights
-
-
-class _Gradient:
-    """The ``grad`` that a step is given."""
-
-    def __init__(
-        self, models: _Models, loss: Loss, operator: Any, clip: float | None, decay: float, total: bool
-    ) -> None:
-        self.models, self.loss, self.operator = models, loss, operator
-        self.ask: Callable[[Batch], tuple[list[Tensor], float] | None] | None = None
-        """Where the gradient can be had in company: at the live parameters of a stacked fit."""
-        self.clip, self.decay = clip, decay
-        self.sums = [torch.zeros_like(p) for p in models.leaves] if total else None
-        self.batch: Batch | None = None
-        self.live = models.live()
-        self.seed, self.calls, self.value, self.rows = 0, 0, 0.0, 0
-
-    def begin(self, batch: Batch, seed: int) -> None:
-        self.batch, self.seed, self.calls = batch, seed, 0
-
-    def __call__(self, params: Params | None = None, batch: Batch | None = None) -> Params:
-        models, batch = self.models, batch or self.batch
-        assert batch is not None, "grad is for use within a step"
-        elsewhere = params is not None and params is not self.live
-        kept = [b.clone() for b in models.buffers()] if self.calls else []
-        if elsewhere:
-            assert params is not None
-            models.point(params)
-        try:
-            gradients = self._backward(batch, elsewhere)
-            if self.sums is not None and not self.calls:
-                torch._foreach_add_(self.sums, gradients)
-            if self.clip is not None:
-                torch._foreach_mul_(gradients, (self.clip / (nn.utils.get_total_norm(gradients) + 1e-6)).clamp(max=1.0))
-            if self.decay:
-                torch._foreach_add_(gradients, [p.data for p in models.leaves], alpha=self.decay)
-        finally:
-            if elsewhere:
-                models.point(self.live)
-            for buffer, old in zip(models.buffers(), kept, strict=False):
-                buffer.copy_(old)
-        self.calls += 1
-        self.rows += len(batch.x)
-        return dict(zip(models.names, gradients, strict=True))
-
-    def _backward(self, batch: Batch, elsewhere: bool) -> list[Tensor]:
-        leaves = self.models.leaves
-        found = None if self.ask is None or elsewhere else self.ask(batch)
-        if found is not None:
-            self.value = self.value if self.calls else found[1]
-            return found[0]
-        torch.default_generator.manual_seed(self.seed)
-        if self.operator is not None:
-            field_ = self.operator(self.models.modules, batch)
-            return [field_[name].detach().clone() for name in self.models.names]
-        value = self.loss(self.models.modules, batch)
-        parts = torch.autograd.grad(value, leaves, allow_unused=True)
-        if not self.calls:
-            self.value = float(value.detach())
-        return apart([torch.zeros_like(p) if g is None else g for g, p in zip(parts, leaves, strict=True)])
-
-
-def apart(gradients: list[Tensor]) -> list[Tensor]:
-    """The gradients, each in memory of its own, since they are changed in place: autograd may give two parameters
-    the same tensor, or an expanded view."""
-    seen: set[int] = set()
-    for i, g in enumerate(gradients):
-        if g.data_ptr() in seen or 0 in g.stride():
-            gradients[i] = g = g.clone(memory_format=torch.contiguous_format)
-        seen.add(g.data_ptr())
-    return gradients
-
-
 def training(site: Site, weights: Any, plan: Plan) -> Generator[float, None, Fit]:
     """Train; yields the loss after every step and returns a Fit. :meth:`Site.fit` runs it to its end; an
     executor may suspend it between steps instead."""
@@ -270,8 +139,9 @@ def training(site: Site, weights: Any, plan: Plan) -> Generator[float, None, Fit
     decay = method.weight_decay if plan.weight_decay is None else plan.weight_decay
     momentum = method.momentum if plan.momentum is None else plan.momentum
     loss = plan.loss or _task_loss(site, plan.sample_weight)
-    added = decay if optim.split(name)[0] == "sgd" else 0.0  # other optimisers take it themselves
-    grad = _Gradient(models, loss, operator, method.clip, added, plan.sum_gradients)
+    named = optim.parse(name)
+    added = decay if named.decays else 0.0  # other optimisers take it themselves
+    grad = Gradient(models, loss, operator, method.clip, added, plan.sum_gradients)
     if site.together is not None and plan.loss is None and operator is None and models.single:
         grad.ask = _company(site, models, plan.sample_weight)
     rate = plan.lr if plan.lr is not None else method.rate(site.job.version)
@@ -279,19 +149,21 @@ def training(site: Site, weights: Any, plan: Plan) -> Generator[float, None, Fit
     optimizer = optim.make(name, models.leaves, rates(0), momentum, decay)
     batch_size = plan.batch_size or method.batch_size
     total = _length(site, plan, len(data), batch_size)
+    around = Asker(grad, site.rng("probes", plan.purpose)) if named.asks else None
+    asked = grad if named.sharp is None else Sharp(grad, named.sharp)
     batches: Iterator[Batch]
     if plan.batches is not None:  # they may depend on what training has found so far, so none is taken ahead
         batches = (next(_pick(data, [index])) for index in itertools.islice(plan.batches, total))
     else:
-        batches = picked(data, shuffled(site.rng(plan.purpose), len(data), batch_size), total, batch_size)
+        batches = picked(data, _rows(site, weights, plan, len(data), batch_size, total), total, batch_size)
     key = site.streams.torch_seed("dropout", plan.purpose)
     step = plan.step or _plain
     result = Fit(None, plan.carry, {}, 0.0, 0, 0, 0.0)
     for number, batch in enumerate(batches):
         grad.begin(batch, (key + number) % 2**63)
-        direction, result.carry = step(grad.live, grad, batch, result.carry)
+        direction, result.carry = step(grad.live, asked, batch, result.carry)
         lr = rates(number)
-        optimizer.apply([direction[n] for n in models.names], lr)
+        optimizer.apply([direction[n] for n in models.names], lr, around)
         result.lr_sum += lr
         result.steps += 1
         result.samples = grad.rows
@@ -304,8 +176,21 @@ def training(site: Site, weights: Any, plan: Plan) -> Generator[float, None, Fit
     return result
 
 
+def _rows(site: Site, weights: Any, plan: Plan, n: int, batch_size: int, total: int | None) -> Iterator[Tensor]:
+    """Row numbers of batches: shuffled epochs, or in the order that the method asks for."""
+    rng, how = site.rng(plan.purpose), order.parse(site.method.row_order)
+    if how.plain or plan.data is not None or plan.purpose != Plan.purpose:
+        return shuffled(rng, n, batch_size)
+    assert total is not None
+    if how.kind == "random":
+        ranked = torch.from_numpy(site.rng("row-order").permutation(n))
+    else:
+        ranked = how.sorted(order.losses(site, weights, plan.model, how.score))
+    return order.paced(rng, ranked, how.pool(n, total), batch_size)
+
+
 def _company(
-    site: Site, models: _Models, weights: Tensor | None
+    site: Site, models: Modules, weights: Tensor | None
 ) -> Callable[[Batch], tuple[list[Tensor], float] | None]:
     """How a client of a stack asks for the gradient of the task's loss."""
     from consilience.core.stack import Wanted
@@ -326,11 +211,11 @@ def _plain(params: Params, grad: Grad, batch: Batch, carry: Tree) -> tuple[Param
     return grad(), carry
 
 
-def _fill(site: Site, weights: Any, plan: Plan) -> _Models:
+def _fill(site: Site, weights: Any, plan: Plan) -> Modules:
     single = isinstance(weights, Weights)
     given: Mapping[str, Weights] = {"": weights} if single else weights
     named = {"": plan.model} if single else (plan.model or dict.fromkeys(given, ""))
-    models = _Models({key: site.borrow(named[key]) for key in given}, single)
+    models = Modules({key: site.borrow(named[key]) for key in given}, single)
     for key, value in given.items():
         models.instances[key].fill(value, train=True)
     return models

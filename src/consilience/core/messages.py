@@ -275,7 +275,8 @@ class Release(Protocol):
         ...
 
     def __call__(self, replies: Sequence[Reply], asked: Sequence[int], version: int, state: Tree) -> Released:
-        """The sums of the replies of those who were ``asked`` for this version and are left. A list without replies may have sums too."""
+        """The sums of the replies of those who were ``asked`` for this version and are left; without replies there
+        may be sums too."""
         ...
 
     def report(self, version: int, state: Tree) -> Mapping[str, Any]:

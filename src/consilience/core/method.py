@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_type_h
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from consilience.core import optim
+from consilience.core import optim, order
 from consilience.core import tree as tr
 from consilience.core.errors import ConfigError, nearest
 from consilience.core.fit import Fit, Plan, fit_samples, n_steps
@@ -109,6 +109,8 @@ class Method(Training):
     """Whether ``host.rows`` is wanted: all clients' training rows together, which takes asking each of them."""
     takes_rules: ClassVar[bool] = False
     """Whether ``aggregate`` weighs by :meth:`shares`, so that a rule may give the weights."""
+    own_batches: ClassVar[str] = ""
+    """Why rows cannot be ordered, if they cannot: what the method does instead."""
     unstacked: ClassVar[str] = ""
     """Why clients that run in step cannot have their gradients computed together, if they cannot."""
 
@@ -121,6 +123,8 @@ class Method(Training):
                 raise ConfigError(f"{self.name or 'method'}: {key}={getattr(self, key)!r}: {why}") from None
             object.__setattr__(self, key, value)
         optim.check(self.optimizer, self.momentum, self.weight_decay)
+        if not order.parse(self.row_order).plain and self.own_batches:
+            raise ConfigError(f"{self.name} {self.own_batches}; use row_order=random")
         self.check()
 
     def check(self) -> None:

@@ -104,6 +104,10 @@ class Site:
         """The part of it that is done while messages travel."""
         self.last_loss = float("nan")
         """Mean training loss of the first fit, which is the training; later ones are a method's own business."""
+        self.before: Weights | None = None
+        """The model that the client's last training ended with, where it is kept."""
+        self.trained: Weights | None = None
+        """The one that this job's training ended with."""
         self.together = together
         """Whom to ask for gradients, where clients run in step."""
         self._pool = pool
@@ -155,8 +159,9 @@ class Site:
 
         Give a :class:`Plan`, or its fields as keywords. Borrowed modules go back; no global stream moves.
         """
+        plan = plan or Plan(**fields)
         with self._scope(), torch_fork(0):
-            steps = training(self, weights, plan or Plan(**fields))
+            steps = training(self, weights, plan)
             while True:
                 try:
                     next(steps)
@@ -166,6 +171,8 @@ class Site:
         self.computed.add(fit.samples, fit.steps, fit.flops)
         if math.isnan(self.last_loss):
             self.last_loss = fit.loss
+        if plan.purpose == Plan.purpose and isinstance(fit.weights, Weights):
+            self.trained = fit.weights
         return fit
 
     def map(self, f: Callable[..., Any], model: Weights, data: Split | None = None, name: str = "") -> list[Any]:

@@ -34,10 +34,14 @@ class Training:
     local_epochs: Annotated[int, Ge(1)] = option(1, "passes over the local data in a round")
     local_steps: Annotated[int, Ge(1)] | None = option(None, "local steps in a round, instead of epochs")
     optimizer: str = option(
-        "sgd", "local optimiser: of torch.optim or pytorch-optimizer, or adamomentum; grokfast+NAME filters gradients"
+        "sgd",
+        "local optimiser: of torch.optim or pytorch-optimizer, adamomentum, oasis; after sam+, asam+, grokfast+, sgg+",
     )
     momentum: Annotated[float, Ge(0), Le(1)] = option(0.0, "local momentum; starts anew each round")
     weight_decay: Annotated[float, Ge(0)] = option(0.0, "L2 term of the local objective")
+    row_order: str = option(
+        "random", "rows: random, curriculum (easy first) or anti, [:global|local|both][:linear|root|step][:A:B]"
+    )
     clip: Annotated[float, Gt(0)] | None = option(None, "largest norm of a gradient of the loss (weight decay apart)")
     lr_decay: Annotated[float, Gt(0), Le(1)] = option(1.0, "factor on lr after each round")
     weights: Literal["samples", "uniform", "disco", "ida", "fedau", "fedce"] = option(

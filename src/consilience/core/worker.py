@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from consilience.core import order
 from consilience.core import tree as tr
 from consilience.core.encode import encoded_size
 from consilience.core.errors import ClientError, ConsilienceError
@@ -59,10 +60,12 @@ class Call(NamedTuple):
 
 @record
 class Kept(NamedTuple):
-    """A client's state where buffers stay local: the method's own, and the buffers."""
+    """A client's state where more than the method's own is kept: that, its buffers where they stay local, and the model
+    that its last training ended with where rows are ordered by it."""
 
     state: Tree
     buffers: Tree
+    trained: Tree = None
 
 
 @record
@@ -170,7 +173,7 @@ class Worker:
             if job.judge:
                 with site.uncounted():
                     after = site.evaluate(self.method.trained_model(site, message, update, own))
-            update, kept = self._close(update, own)
+            update, kept = self._close(site, update, own)
         reach("client-after")
         done, behind = site.computed, site.behind
         work = Work(update, done.samples, done.steps, site.last_loss, before, after, done.flops)
@@ -182,7 +185,7 @@ class Worker:
         """A node's state after an exchange with its neighbours."""
         site, phase = self.site(job)
         with _blame(site, phase, "mix"):
-            if self.method.buffers == "average":
+            if not self._keeps:
                 return self.method.mix(phase, site, self._own(site, state), inbox)
             kept = Kept(None, None) if state is None else state
             return kept._replace(state=self.method.mix(phase, site, self._own(site, kept.state), inbox))
@@ -255,26 +258,41 @@ class Worker:
         with site.uncounted():
             return site.evaluate(self.method.personal_model(site, message, own))
 
+    @property
+    def _ordered(self) -> bool:
+        return order.parse(self.method.row_order).remembers
+
+    @property
+    def _keeps(self) -> bool:
+        """Whether a client keeps more than the method's own state."""
+        return self.method.buffers == "local" or self._ordered
+
     def _own(self, site: Site, state: Tree) -> Tree:
         return self.method.init_client(site) if state is None else state
 
     def _open(self, site: Site, message: Tree, state: Tree) -> tuple[Tree, Tree]:
         """The message as the client reads it, and the method's own client state: with local buffers, models
         arrive with the buffers that this client kept."""
-        if self.method.buffers == "average":
+        if not self._keeps:
             return message, self._own(site, state)
         kept = Kept(self.method.init_client(site), None) if state is None else state
+        site.before = kept.trained
         if kept.buffers is not None and tr.is_record(message):
             models = [name for name, kind in kinds(type(message)).items() if kind is Kind.MODEL]
             message = message._replace(**{n: Weights(getattr(message, n).params, kept.buffers) for n in models})
         return message, kept.state
 
-    def _close(self, update: Tree, own: Tree) -> tuple[Tree, Tree]:
+    def _close(self, site: Site, update: Tree, own: Tree) -> tuple[Tree, Tree]:
         """The update as it is sent, and the state as it is kept: local buffers stay here."""
-        if self.method.buffers == "average":
+        if not self._keeps:
             return update, own
+        trained = None
+        if self._ordered:
+            trained = site.before if site.trained is None else site.trained
+        if self.method.buffers == "average":
+            return update, Kept(own, None, trained)
         if isinstance(update, DeltaUpdate):
-            return update._replace(buffers={}), Kept(own, update.buffers)
+            return update._replace(buffers={}), Kept(own, update.buffers, trained)
         buffers = None
         for name, kind in kinds(type(update)).items() if tr.is_record(update) else ():
             if kind is Kind.BUFFERS:
@@ -283,7 +301,7 @@ class Worker:
             if kind is Kind.MODEL:
                 buffers = getattr(update, name).buffers
                 update = update._replace(**{name: Weights(getattr(update, name).params, {})})
-        return update, Kept(own, buffers)
+        return update, Kept(own, buffers, trained)
 
 
 class _blame:

@@ -18,6 +18,7 @@ _WHERE = {
     "fedadagrad": ("fedopt", "FedAdagrad"),
     "fedadam": ("fedopt", "FedAdam"),
     "fedyogi": ("fedopt", "FedYogi"),
+    "fedopt": ("fedopt", "FedOpt"),
     "scaffold": ("scaffold", "Scaffold"),
     "moon": ("moon", "Moon"),
     "fednova": ("fednova", "FedNova"),

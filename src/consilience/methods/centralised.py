@@ -31,6 +31,7 @@ class Centralised(Method):
     source = "reference"
     year = 2017
     needs = Needs(pooled_data=True)
+    own_batches = "draws rows of everybody's pool"
     trains_on_server = True
 
     def broadcast(self, phase: Phase, server: ServerState, client: ClientInfo) -> None:

@@ -103,6 +103,7 @@ class FedASMU(Method):
     year = 2024
     confidence = "medium"
     schedule = "async"
+    own_batches = "cuts its batches in two at the download in between"
 
     request: Annotated[float, Gt(0), Lt(1)] = option(0.5, "share of a job's steps before the fresh model is asked for")
     mu_a: Annotated[float, Gt(0)] = option(1.0, "scale of the server's weight alpha", Search(0.1, 10.0))

@@ -1,4 +1,5 @@
-"""Server optimisers on the pseudo-gradient: FedAvgM, FedAdagrad, FedAdam, FedYogi (Reddi et al., 2021)."""
+"""Server optimisers on the pseudo-gradient: FedAvgM, FedAdagrad, FedAdam, FedYogi (Reddi et al., 2021), and any other
+by name."""
 
 from __future__ import annotations
 
@@ -10,15 +11,18 @@ from typing import Annotated, Literal, NamedTuple
 
 import torch
 from annotated_types import Ge, Gt, Lt
+from torch import nn
 
+from consilience.core import optim
 from consilience.core import tree as tr
 from consilience.core.errors import ConfigError
 from consilience.core.messages import Reply
 from consilience.core.method import Method, Phase, keep_buffers
 from consilience.core.model import Params, Weights
 from consilience.core.site import Host
+from consilience.core.streams import torch_fork
 from consilience.core.training import Search, option
-from consilience.core.tree import record
+from consilience.core.tree import Tree, record
 
 
 def _needs_delta(method: Method) -> None:
@@ -187,3 +191,66 @@ class FedYogi(_Adaptive):
     def second(self, v: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
         """v - (1 - beta_2) Delta^2 sign(v - Delta^2)."""
         return v - (1 - self.beta_2) * square * torch.sign(v - square)
+
+
+@record
+class Optimised(NamedTuple):
+    """Server state of FedOpt: model, and what its optimiser remembers."""
+
+    model: Weights
+    memory: Tree
+
+
+@dataclass(frozen=True)
+class FedOpt(Method):
+    """Any optimiser on the server, by its name in torch.optim or pytorch-optimizer (or adamomentum), with ``grokfast+``
+    or ``sgg+`` in front if wanted.
+
+        Delta = sum_i p_i (y_i - x);   x <- one step of the optimiser from x along the gradient -Delta, of size eta_g
+
+    Its other constants are the library's own. What it remembers is part of the server's state. sgd with server_lr = 1
+    is FedAvg in delta form bit for bit, and with server_momentum FedAvgM but for the last bits; adam, adagrad and yogi
+    are *not* FedAdam, FedAdagrad and FedYogi, which have no bias correction and another constant tau. Optimisers that
+    ask about batches of rows (sam+, oasis, adahessian) cannot be used by a server, nor those whose memory cannot be
+    written down. Buffers take plain averages.
+
+    Source: the general form (algorithm 1) of Reddi, Charles, Zaheer, Garrett, Rush, Konecny, Kumar, McMahan, "Adaptive
+    Federated Optimization", ICLR 2021. Deviations: none of that form; what an optimiser does is what its library does.
+    """
+
+    name = "fedopt"
+    family = "server optimiser"
+    source = "Reddi et al., ICLR"
+    year = 2021
+    takes_rules = True
+    sums = Method.means
+
+    server_optimizer: str = option("adam", "of torch.optim or pytorch-optimizer; grokfast+NAME, sgg+NAME")
+    server_lr: Annotated[float, Gt(0)] = option(0.01, "server step size eta_g", Search(1e-4, 1.0))
+    server_momentum: Annotated[float, Ge(0), Lt(1)] = option(0.0, "of optimisers that have an option momentum")
+    form: Literal["model", "delta"] = option("delta", "clients send differences")
+
+    def check(self) -> None:
+        """The form must be delta, and the optimiser one for servers."""
+        _needs_delta(self)
+        optim.check_server(self.server_optimizer, self.server_momentum)
+
+    def init_server(self, host: Host) -> Optimised:
+        """The initial model and no memory."""
+        return Optimised(host.initial(), None)
+
+    def aggregate(
+        self, phase: Phase, host: Host, server: Optimised, replies: Sequence[Reply], cohort: Sequence[int]
+    ) -> Optimised:
+        """One server step."""
+        shares = self.shares(replies)
+        delta = self.mean_delta(replies, shares)
+        params = {name: nn.Parameter(x.clone()) for name, x in server.model.params.items()}
+        made = optim.make(self.server_optimizer, list(params.values()), self.server_lr, self.server_momentum, 0.0)
+        if server.memory is not None:
+            made.remember(server.memory)
+        with torch_fork(host.streams.torch_seed("server-optimizer")):  # some draw
+            made.apply([-delta[name] for name in params], self.server_lr)
+        stepped = {name: p.detach() for name, p in params.items()}
+        model = keep_buffers(Weights(stepped, self.mean_buffers(replies, shares)), server.model)
+        return Optimised(model, made.memory())
