@@ -206,7 +206,7 @@ def test_a_killed_run_goes_on_with_what_it_spent(tmp_path: Path) -> None:
     whole = result("scaffold", asked, out=tmp_path / "whole", **more)
     child = multiprocessing.get_context("spawn").Process(target=_killed, args=(str(tmp_path / "cut"),))
     child.start()
-    child.join(120)
+    child.join(500)
     assert child.exitcode == -signal.SIGKILL
     ledger = tmp_path / "cut" / "privacy.jsonl"
     before = [json.loads(line) for line in ledger.read_text().splitlines()]

@@ -136,7 +136,7 @@ def test_what_cannot_be_summed_is_refused() -> None:
     ):  # fmt: skip
         with pytest.raises((NeedsError, ConfigError), match=why):
             result(name, **more)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="above 0.5"):
+    with pytest.raises(ConfigError, match="--secure"):
         Privacy(secure=0.5)
     with pytest.raises(ConsilienceError, match="are needed"):
         Secret(make("fedavg", {}), 1.0, {}, 0, lambda client: 1).sum({1: np.zeros(1, dtype=np.uint64)}, [1, 2], 2, 0)

@@ -92,7 +92,7 @@ class Privacy:
             return None
         why = suits.why_not(method, place)
         if why is not None:
-            raise NeedsError(f"{method.name} {why}: it cannot run with differential privacy\n{fitting()}")
+            raise NeedsError(f"{method.name} {why}: it cannot run with differential privacy\n{fitting(True)}")
         odd = suits.no_difference(method)
         if odd is not None:
             raise NeedsError(
@@ -130,7 +130,7 @@ class Privacy:
         method, place = worker.method, worker.place
         why = suits.why_not(method, place)
         if why is not None:
-            raise NeedsError(f"{method.name} {why}: it cannot run with secure aggregation\n{fitting()}")
+            raise NeedsError(f"{method.name} {why}: it cannot run with secure aggregation\n{fitting(False)}")
         if not isinstance(schedule, Rounds):
             raise ConfigError(
                 "secure aggregation waits for a cohort that knows of each other: it needs --schedule rounds"
@@ -149,20 +149,21 @@ class Privacy:
         return Secret(method, self.secure, template, place.seed, worker.federation.size)
 
 
-def fitting() -> str:
-    """The methods that run on sums, in words."""
+def fitting(differences: bool) -> str:
+    """The methods that run on sums, in words; differences: of differences with equal weights."""
     from consilience import methods
     from consilience.core.method import sums_suffice
 
     found = []
     for name, cls in methods.every().items():
         try:
-            made = cls.make({})
+            made = suits.uniform(cls.make({})) if differences else cls.make({})
         except (NeedsError, ConfigError):
             continue
-        if len(made.program()) == 1 and sums_suffice(made) and made.sends() is not None:
+        known = len(made.program()) == 1 and sums_suffice(made) and made.sends() is not None
+        if known and not (differences and suits.no_difference(made)):
             found.append(name)
-    return f"methods that want sums only: {', '.join(found)}"
+    return f"methods that fit: {', '.join(found)}"
 
 
 NONE = Privacy()
