@@ -87,7 +87,7 @@ class Mechanism(ABC):
 
     def _guess(self, epsilon: float, delta: float) -> float:
         """Somewhere to begin looking: the composition of all rounds if each had a normal privacy loss."""
-        sigma: float = accounting("").get_sigma_gaussian(epsilon, delta)
+        sigma = _sigma(epsilon, delta)
         q = self.cohort / self.clients
         return max(sigma * math.sqrt(self.rounds) * q, 0.5)
 
@@ -201,7 +201,7 @@ class Tree(Mechanism):
         return gaussian(noise, self.nodes(releases) + again * self.epoch.bit_length(), delta)
 
     def _guess(self, epsilon: float, delta: float) -> float:
-        sigma: float = accounting("").get_sigma_gaussian(epsilon, delta)
+        sigma = _sigma(epsilon, delta)
         return max(sigma * math.sqrt(self.nodes(self.rounds)), 0.5)
 
 
@@ -222,6 +222,12 @@ def solved(mechanism: Mechanism, epsilon: float, delta: float) -> float:
     return mechanism.solve(epsilon, delta)
 
 
+def _sigma(epsilon: float, delta: float) -> float:
+    """The noise multiplier of one Gaussian mechanism."""
+    with np.errstate(divide="ignore"):
+        return float(accounting("").get_sigma_gaussian(epsilon, delta))
+
+
 @functools.lru_cache(1024)
 def gaussian(noise: float, times: int, delta: float) -> float:
     """The exact epsilon of ``times`` Gaussian mechanisms of this noise multiplier, one after another: they are one of
@@ -230,7 +236,8 @@ def gaussian(noise: float, times: int, delta: float) -> float:
         return 0.0
     if noise == 0:
         return math.inf
-    return float(accounting("").get_epsilon_gaussian(noise / math.sqrt(times), delta))
+    with np.errstate(divide="ignore"):  # the logarithm of a delta of 0
+        return float(accounting("").get_epsilon_gaussian(noise / math.sqrt(times), delta))
 
 
 @functools.lru_cache(64)
