@@ -50,7 +50,7 @@ class Direct:
             self.back[found] = given
             return found
         try:
-            reply = Home(self.folders[node - 100]).answer(given)
+            reply = Home(self.folders[node - 100]).answer(given, node)
         except ConsilienceError as error:
             self.back[found] = Trouble(str(error), False)
             return found

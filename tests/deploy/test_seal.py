@@ -34,11 +34,11 @@ def done(deployed: Make) -> tuple[Deployed, Direct]:
     return run, wire
 
 
-def refusal(folder: Path, message: Sealed) -> str:
+def refusal(folder: Path, message: Sealed, node: int = 100) -> str:
     """Why a site does not take a message; that it says so in its ledger, and that nothing leaves."""
     before = len(ledger.read(folder))
     with pytest.raises(SealError) as error:
-        Home(folder).answer(message)
+        Home(folder).answer(message, node)
     (line,) = ledger.read(folder)[before:]
     assert line["refused"] == str(error.value)
     return str(error.value)
@@ -62,8 +62,11 @@ def test_a_site_refuses(done: tuple[Deployed, Direct]) -> None:
     assert "not begun here" in refusal(site, seal(server, {**fresh, "run": "another"}, message.blobs))
     assert "malformed" in refusal(site, seal(server, {**fresh, "run": "../../x"}, message.blobs))
     assert "meant for 'site0'" in refusal(run.sites[1], seal(server, fresh, message.blobs))
-    assert "malformed" in refusal(site, seal(server, {"from": "server", "to": "site0"}))
-    assert Home(site).answer(seal(server, fresh, message.blobs))  # and all of it was for the reasons given
+    assert "stale: of another node" in refusal(site, seal(server, fresh, message.blobs), 101)
+    hello = next(m for node, m in wire.sent if node == 101 and json.loads(m.head)["kind"] == "hello")
+    assert "stale: of another node" in refusal(site, hello)  # a greeting names no site
+    assert "malformed" in refusal(site, seal(server, {"from": "server", "to": "site0", "node": 100}))
+    assert Home(site).answer(seal(server, fresh, message.blobs), 100)  # and all of it was for the reasons given
 
 
 def test_what_a_signed_message_must_still_be(done: tuple[Deployed, Direct]) -> None:
@@ -74,7 +77,7 @@ def test_what_a_signed_message_must_still_be(done: tuple[Deployed, Direct]) -> N
 
     def asked(blobs: Any = message.blobs, **more: Any) -> str:
         head = {**json.loads(message.head), "number": time.time_ns(), "expires": time.time() + 60, **more}
-        return str(json.loads(Home(run.sites[0]).answer(seal(server, head, blobs)).head).get("refused"))
+        return str(json.loads(Home(run.sites[0]).answer(seal(server, head, blobs), 100).head).get("refused"))
 
     assert "nothing is known of the call 'aggregate'" in asked(call="aggregate")
     assert "nothing is known of messages of kind" in asked(kind="other")

@@ -342,6 +342,7 @@ def test_a_ray_of_its_own_says_nothing_and_leaves_nothing(tmp_path: Path, interr
         child = subprocess.Popen(
             [sys.executable, "-m", "consilience", "run", "fedavg", *options, "--out", str(out)],
             stdout=subprocess.PIPE, stderr=file, text=True, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells let what runs beside ignore it
         )  # fmt: skip
         while interrupted and child.poll() is None and not (out / "history.jsonl").exists():
             time.sleep(0.1)

@@ -92,7 +92,7 @@ def client_app() -> ClientApp:
 
         try:
             home = Home(Path(str(context.node_config["folder"])))
-            reply = home.answer(from_records(message.content))
+            reply = home.answer(from_records(message.content), context.node_id)
         except Exception as error:  # what goes on here is nobody's business: the server sees our words alone
             told = str(error) if isinstance(error, ConsilienceError) else type(error).__name__
             raise RuntimeError(told) from None

@@ -120,7 +120,7 @@ class Post:
         letter.number = time.time_ns()
         head = {
             **letter.head, "run": self.deployment.section.id, "from": "server", "to": letter.name or ANY,
-            "number": letter.number, "expires": time.time() + max(left, 1.0),
+            "node": node, "number": letter.number, "expires": time.time() + max(left, 1.0),
         }  # fmt: skip
         message = seal(self._private, head, letter.blobs)
         if message.size > self.deployment.section.max_bytes:

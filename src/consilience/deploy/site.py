@@ -71,11 +71,12 @@ class Home:
         self._key = read_private(folder / "site.key")
         self._server = read_public(self.about.server_key, f"{folder / 'site.yaml'}: server_key")
 
-    def answer(self, message: Sealed) -> Sealed:
-        """What to say to a message. Raises SealError if it must not be believed; then nothing leaves."""
+    def answer(self, message: Sealed, node: int) -> Sealed:
+        """What to say to a message that came to this node. Raises SealError if it must not be believed; then nothing
+        leaves."""
         with self._alone():
             try:
-                head = open_sealed(self._server, message, {"from": "server"}, self.about.max_bytes)
+                head = open_sealed(self._server, message, {"from": "server", "node": node}, self.about.max_bytes)
                 if head["to"] != self.about.name and (head["to"], head["kind"]) != (ANY, "hello"):
                     raise SealError(f"stale: meant for {head['to']!r}, not {self.about.name!r}")
                 run, number = self._run(head)

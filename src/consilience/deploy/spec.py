@@ -15,7 +15,7 @@ from consilience.core.checkpoint import write_atomically
 from consilience.core.errors import ConfigError, NeedsError
 from consilience.experiment import RunSpec, specs
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Of our messages; both ends must have the same."""
 
 
