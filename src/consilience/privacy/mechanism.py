@@ -73,11 +73,11 @@ class Mechanism(ABC):
             cost = self.epsilon(math.exp(log_noise), self.rounds, delta)
             return math.log(max(cost, 1e-12) / epsilon) if cost < math.inf else 100.0
 
-        low = high = self._guess(epsilon, delta)
+        if excess(math.log(MOST)) > 0:
+            raise ConfigError(f"--epsilon {epsilon:g}: no noise up to {MOST:g} is enough for {self.rounds} rounds")
+        low = high = min(self._guess(epsilon, delta), MOST)
         while excess(math.log(high)) > 0:
-            low, high = high, high * 1.5
-            if high > MOST:
-                raise ConfigError(f"--epsilon {epsilon:g}: no noise up to {MOST:g} is enough for {self.rounds} rounds")
+            low, high = high, min(high * 1.5, MOST)
         while low == high or excess(math.log(low)) <= 0:
             low, high = low / 1.5, min(high, low)
             if low < 1e-3:
