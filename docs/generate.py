@@ -41,7 +41,8 @@ def files() -> dict[Path, str]:
         "usage": usage(),
         "speed": speed(),
         "compiled": compiled(),
-        "architectures": architectures(),
+        "architectures": measured("architectures"),
+        "personalisation": measured("personalisation"),
         "cluster": cluster(),
         "reproduction": reproduction(),
     }
@@ -57,13 +58,13 @@ def files() -> dict[Path, str]:
     return found
 
 
-def architectures() -> str:
-    """The runs of ``benchmarks/architectures.py``."""
-    spec_ = importlib.util.spec_from_file_location("architectures", MEASURED.parent / "architectures.py")
+def measured(name: str) -> str:
+    """The tables of ``benchmarks/NAME.py``."""
+    spec_ = importlib.util.spec_from_file_location(name, MEASURED.parent / f"{name}.py")
     assert spec_ is not None
     assert spec_.loader is not None
     module = importlib.util.module_from_spec(spec_)
-    sys.modules["architectures"] = module  # where its dataclasses look for themselves
+    sys.modules[name] = module  # where its dataclasses look for themselves
     spec_.loader.exec_module(module)
     return f"{module.tables(module.stored()).strip()}\n"
 

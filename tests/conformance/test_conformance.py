@@ -90,6 +90,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "fedopt": {"server_optimizer": "sgg:2+grokfast+adam"},
     "fedcompass": {"least": 2, "most": 8},
     "cfl": {"wait": 1, "eps1": 9.0, "eps2": 0.0},
+    "ahc": {"wait": 1, "every": 1, "cut": 0.0},
+    "scool": {"settle": 2, "keep": 0.6},
     "feddistill": {"exclude_own": True},
     "fedtgp": {"server_epochs": 2},
     "feddf": {"server_steps": 3},
@@ -115,6 +117,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "flexifed": {"model": "mlp:16x12", "models": "mlp:16x12*0.5,mlp:16*0.5"},
     "fedadp": {"model": "mlp:16x12", "models": "mlp:16x12*0.5,mlp:10*0.5"},
     "mhd": {**MIXED, "topology": "ring", "participation": 1.0},
+    "scool": {"topology": "er:0.7", "participation": 1.0},
 }
 """Options of a run with which a method shows what it is for."""
 PUBLIC: dict[str, Any] = {"public": 60}

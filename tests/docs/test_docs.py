@@ -35,7 +35,15 @@ def ids(page: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "docs/quickstart.md", "docs/data.md", "docs/heterogeneity.md", "docs/api.md"]
+    "name",
+    [
+        "README.md",
+        "docs/quickstart.md",
+        "docs/data.md",
+        "docs/heterogeneity.md",
+        "docs/api.md",
+        "docs/personalisation.md",
+    ],
 )
 def test_python_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = blocks(ROOT / name, "python")

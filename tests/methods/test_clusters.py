@@ -21,8 +21,9 @@ from consilience.core.method import Phase
 from consilience.core.snapshot import Snapshot
 from consilience.measure.metrics import adjusted_rand
 from consilience.methods import CFL, IFCA, FedAvg, FedEM, FedRC
-from consilience.methods.cfl import Down, Server, Up, Walk, agglomerate, cosines
+from consilience.methods.fedrc import Up as MassesUp
 from consilience.parts import components
+from consilience.parts.forest import Down, Server, Up, Walk, agglomerate, cosines
 
 USUAL: dict[str, Any] = {"batch_size": 4, "lr": 0.1, "local_epochs": 2}
 
@@ -129,8 +130,18 @@ def test_fedrc_sums_the_last_masses_of_all() -> None:
     total = sum(server.masses.values())
     torch.testing.assert_close(server.labels, total / total.sum(1, keepdim=True), rtol=1e-12, atol=0)
     fed = federation()
+    assert len(server.masses) > 2  # those of clients who were not asked this time, too
     for client, mass in server.masses.items():
         assert mass.sum().item() == pytest.approx(fed.size(client))
+
+
+def test_a_label_that_nobody_has_keeps_a_share() -> None:
+    method = FedRC(components=1, **USUAL)
+    host = worker(method, federation(dtype=torch.float64), LINEAR64).host(0, "train")
+    server = method.init_server(host)
+    replies = [reply(0, MassesUp(server.models, torch.tensor([[3.0, 0.0, 1.0]], dtype=torch.float64)), 4)]
+    new = method.aggregate(Phase("train"), host, server, replies, [0])
+    torch.testing.assert_close(new.labels, torch.tensor([[3.0, 1e-8, 1.0]], dtype=torch.float64) / (4 + 1e-8))
 
 
 def test_ifca_takes_the_model_with_the_least_loss() -> None:
@@ -221,7 +232,7 @@ def opposite(signs: list[int], **options: Any) -> tuple[CFL, Server]:
     """A server after updates of two kinds, those of a kind alike and of length about 1."""
     method = CFL(**{"eps1": 0.4, "eps2": 0.5, "wait": 0, **options})
     host = worker(method, federation(dtype=torch.float64), LINEAR64).host(0, "train")
-    server, rng = method.init_server(host), np.random.default_rng(0)
+    server, rng = method.init_server(host)._replace(of={99: 0}), np.random.default_rng(0)
     model = server.forest.models[0]
     axis = {k: torch.from_numpy(rng.standard_normal(v.shape)) for k, v in model.params.items()}
     axis = tr.scale(axis, 1 / tr.norm(axis))
@@ -240,6 +251,7 @@ def test_opposite_updates_are_split_into_their_groups() -> None:
     groups = [server.of[i] for i in range(6)]
     assert adjusted_rand(groups, signs) == 1
     assert sorted(server.forest.models) == [1, 2]
+    assert 99 not in server.of  # it was not there, so it will walk
     start = LINEAR64.initial(0).params["head.bias"]
     for leaf, split in server.forest.splits[0].directions.items():
         moved = server.forest.models[leaf].params["head.bias"] - start
@@ -281,6 +293,9 @@ def test_cfl_finds_groups_and_lets_others_walk_down() -> None:
     last, server = found.history[-1], found.server
     assert last["clusters"]["rand"] == 1.0
     assert last["clusters"]["rand_unseen"] == 1.0
+    true = found.worker.federation.groups
+    assert true is not None
+    assert len({(true[row["client"]], row["cluster"]) for row in found.clients if row["round"] == 10}) == 2
     assert found.global_model is None
     assert last["method"]["clusters"] == len(server.forest.models)
     assert set(server.of.values()) == set(server.forest.models)

@@ -49,6 +49,7 @@ _WHERE = {
     "fedasmu": ("fedasmu", "FedASMU"),
     "fedcompass": ("fedcompass", "FedCompass"),
     "dpsgd": ("dpsgd", "DPSGD"),
+    "scool": ("scool", "SCooL"),
     "fedproto": ("fedproto", "FedProto"),
     "feddistill": ("feddistill", "FedDistill"),
     "lgfedavg": ("lgfedavg", "LGFedAvg"),
@@ -79,8 +80,10 @@ _WHERE = {
     "spectral": ("spectral", "Spectral"),
     "ifca": ("ifca", "IFCA"),
     "fedem": ("fedem", "FedEM"),
+    "fedgmm": ("fedgmm", "FedGMM"),
     "fedrc": ("fedrc", "FedRC"),
     "cfl": ("cfl", "CFL"),
+    "ahc": ("ahc", "AHC"),
 }
 
 NAMES = tuple(_WHERE)

@@ -58,13 +58,18 @@ class FedEM(Method):
         """A training of each component that has a share; of one at least."""
         return self.one_fit(rows, steps)
 
-    def sends(self) -> type:
+    def sends(self) -> type | None:
         """All components."""
         return Components
 
     def expects(self, place: Place, model: str) -> Mapping[str, Expected]:
         """As many models."""
         return {"models": components.fitting(place, model, self.components)}
+
+    @property
+    def cells(self) -> int:
+        """How many weights pi_i has."""
+        return self.components
 
     def init_server(self, host: Host) -> Tree:
         """Components that differ."""
@@ -82,8 +87,8 @@ class FedEM(Method):
         """pi_i; of a client without one, found now."""
         if state is not None:
             return state
-        uniform = torch.full((self.components,), 1 / self.components, dtype=site.architecture().dtype)
-        if self.components == 1 or not len(site.train):
+        uniform = torch.full((self.cells,), 1 / self.cells, dtype=site.architecture().dtype)
+        if self.cells == 1 or not len(site.train):
             return uniform
         return components.estimate(self.scores(site, message), uniform, self.join_steps)[1]
 

@@ -252,12 +252,20 @@ def leaderboard_finding(facts: Facts) -> str:
     return f"{names(top)} {share}; {escape(last.name)} is last, {gap} behind {escape(facts.best.name)}."
 
 
+def losers(facts: Facts) -> str:
+    """One line that warns how many clients do worse than alone, by method; nothing without Local."""
+    joined = [e for e in facts.entries if e.gains]
+    counts = [f"{escape(e.name)} {len(e.losers)} of {len(e.gains)}" for e in joined if e.losers]
+    if not counts:
+        return "No client loses by joining, with any method." if joined else ""
+    spared = [escape(e.name) for e in joined if not e.losers]
+    return f"<b>Warning</b>, losing by joining: {listed(counts)}{f'; none with {listed(spared)}' if spared else ''}."
+
+
 def clients_finding(facts: Facts) -> str:
     """Which methods cost how many clients accuracy, or how far apart clients are."""
     if facts.local is not None:
-        counts = [f"{escape(e.name)} {len(e.losers)} of {len(e.gains)}" for e in facts.ranked[:4] if e.gains]
-        verb = "Losing by joining: " if counts else "No client was evaluated with and without joining."
-        return verb + (listed(counts) + "." if counts else "")
+        return losers(facts) or "No client was evaluated with and without joining."
     dots = facts.best.accuracies(facts.lower)
     if not dots:
         return "Clients were not evaluated in this run."

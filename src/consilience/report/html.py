@@ -15,6 +15,7 @@ from consilience.report import answer
 from consilience.report.architectures import architectures, architectures_section
 from consilience.report.blob import page_blob
 from consilience.report.certainty import certainty_section
+from consilience.report.clusters import clusters_section, personal
 from consilience.report.devices import devices_section
 from consilience.report.facts import Facts, gather
 from consilience.report.groups import groups_section
@@ -39,6 +40,7 @@ SECTIONS: list[tuple[str, str, Callable[[Facts, int], str]]] = [
     ("curves", "Learning curves", curves_section),
     ("target", "Cost to reach the target", target_section),
     ("clients", "Who gains, who loses", clients_section),
+    ("clusters", "Personal models and clusters", clusters_section),
     ("architectures", "Architectures", architectures_section),
     ("groups", "Fairness between groups", groups_section),
     ("federation", "The federation", federation_section),
@@ -104,6 +106,7 @@ def render(facts: Facts) -> str:
         "target": facts.compare.get("target") is None,
         "tuning": read_tuning(facts.folder) is None,
         "architectures": len(architectures(facts)) < 2,
+        "clusters": not personal(facts),
         "devices": not timelines(facts),
         "federation": "sizes" not in facts.federation,  # too many clients to draw
     }

@@ -81,7 +81,7 @@ def show_comparison(console: Console, rows: Sequence[Mapping[str, Any]], folder:
 
         console.print(_wrapped(verdict_of(folder)), markup=False, highlight=False)
         return
-    from consilience.report.answer import first
+    from consilience.report.answer import first, losers
     from consilience.report.certainty import differences_finding, reference_of
     from consilience.report.facts import gather
 
@@ -95,8 +95,9 @@ def show_comparison(console: Console, rows: Sequence[Mapping[str, Any]], folder:
         console.print(difference_table(rows))
     if facts.compare.get("target") is not None:
         console.print(target_table(rows))
-    for sentence in said:
-        console.print(_wrapped(sentence), markup=False, highlight=False)
+    for sentence in [*said, losers(facts)]:
+        if sentence:
+            console.print(_wrapped(sentence), markup=False, highlight=False)
 
 
 def _wrapped(html: str) -> str:
@@ -150,9 +151,14 @@ def target_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+CLUSTERS = 8
+"""So many clusters of a run are told."""
+
+
 def run_summary(run: RunFolder) -> Table:
     """What a run came to: its last scores and what it cost."""
     from consilience.measure.statistics import last_of
+    from consilience.report.clusters import clusters_of
 
     last = run.history[-1]
     table = _grid(
@@ -168,6 +174,7 @@ def run_summary(run: RunFolder) -> Table:
         ("Global loss", ("global", "loss"), loss),
         ("Client mean", ("clients", "mean"), accuracy),
         ("Worst 10 % of clients", ("clients", "worst10"), accuracy),
+        ("Clients, trained once more", ("clients", "after", "mean"), accuracy),
         ("Unseen clients", ("unseen", "mean"), accuracy),
     ):
         value = last_of(run, *keys)
@@ -180,6 +187,8 @@ def run_summary(run: RunFolder) -> Table:
         index = last_of(run, "clusters", key)
         if index is not None:
             table.add_row(title, f"adjusted Rand {index:.3f}")
+    for number, of in list(clusters_of(run).items())[:CLUSTERS]:
+        table.add_row(f"Cluster {number}", f"{plural(of['clients'], 'client')}, {accuracy.text(of['mean'])}")
     for name in run.federation.get("sensitive") or ():
         gap = last_of(run, "clients", "groups", name, "demographic_parity")
         if gap is not None:
