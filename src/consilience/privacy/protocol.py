@@ -55,7 +55,7 @@ def stream(key: bytes, size: int, bits: int) -> np.ndarray:
     """``size`` numbers modulo 2^bits from ChaCha20 with this key, which is used for nothing else."""
     encryptor = Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor()
     raw = np.frombuffer(encryptor.update(bytes(size * 8)), dtype="<u8")
-    return raw & np.uint64(2**bits - 1)
+    return np.asarray(raw & np.uint64(2**bits - 1))
 
 
 def _agree(private: X25519PrivateKey, public: bytes, purpose: bytes, low: int, high: int) -> bytes:
