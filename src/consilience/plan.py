@@ -126,7 +126,7 @@ def _judging(
     clients = min(worker.federation.n_clients, config.eval_clients or worker.federation.n_clients)
     every = config.eval_clients_every
     message = worker.method.deploy(server, info)
-    first = next(i for i, p in enumerate(worker.program) if p.when not in ("start", "end"))
+    first = next(i for i, p in enumerate(worker.program) if p.inner)
     job = Job(-1, info.id, 1, 0, 0, first)
     times = (config.rounds - 1) // every if every else 0
     for lines, train in ((times, False), (1, True)):

@@ -62,9 +62,10 @@ LOCAL = {
     "sam": Case(
         FedProx(optimizer="sam+sgg:2+grokfast+adam", local_steps=4, lr=0.01, row_order="curriculum:both:root:0.8:0.3")
     ),
+    "chosen": Case(Scaffold(weights="fedce", selection="curriculum:2:root:3:0.5", local_steps=4)),
     "oasis": Case(FedAvg(optimizer="oasis", local_steps=3, lr=0.01, buffers="local", row_order="anti:local")),
 }
-"""Local optimisers that ask much, and orders of rows."""
+"""Local optimisers that ask much, and orders of rows and clients."""
 COMPOSED = {
     "scaffold-disco": Case(Scaffold(weights="disco")),
     "fedprox-fedce": Case(FedProx(weights="fedce", aggregator="trimmed:0.2")),

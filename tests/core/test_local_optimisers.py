@@ -186,6 +186,22 @@ def test_curvature_of_convolutions_is_averaged_over_each_kernel() -> None:
     assert torch.equal(averaged(d[0, 0]), d[0, 0])
 
 
+def test_adahessian_takes_kernels_together() -> None:
+    pytest.importorskip("pytorch_optimizer")
+    kernel = nn.Parameter(torch.zeros(1, 1, 2, 2, dtype=torch.float64))
+    diagonal = torch.tensor([[[[1.0, -2.0], [3.0, 6.0]]]], dtype=torch.float64)
+
+    class Given:
+        def gradient(self, at: Any = None) -> Any:
+            raise AssertionError
+
+        def curvature(self) -> Any:
+            return [diagonal]
+
+    optim.make("adahessian", [kernel], 0.1, 0.0, 0.0).apply([torch.ones_like(kernel)], 0.1, Given())
+    np.testing.assert_allclose(kernel.detach().numpy(), -0.1 / (3 + 1e-4))
+
+
 def test_a_task_without_a_loss_has_no_curvature() -> None:
     def saddle(module: nn.Module, batch: Any) -> Any:
         return {name: p.detach() for name, p in module.named_parameters()}

@@ -47,12 +47,18 @@ class Phase:
     over: "cohort": all clients of the round, then the server combines. "client": goes on from the phase before
     for that client alone, with a broadcast built at the virtual instant at which its job asks for it.
     "neighbours": an exchange along the topology without a server. when: "round" (every round), "start" (before
-    the first), "end" (after the last), or a Coin.
+    the first), "end" (after the last), or a Coin. asks: clients only answer the server, and do not train.
     """
 
     name: str
     over: Literal["cohort", "client", "neighbours"] = "cohort"
     when: Literal["round", "start", "end"] | Coin = "round"
+    asks: bool = False
+
+    @property
+    def inner(self) -> bool:
+        """Whether it is part of rounds, and not only a question."""
+        return self.when not in ("start", "end") and not self.asks
 
 
 @dataclass(frozen=True)
@@ -193,6 +199,10 @@ class Method(Training):
         """The clients of the next round, or None to let the schedule choose."""
         return None
 
+    def proceed(self, phase: Phase, server: Tree) -> Sequence[int] | None:
+        """Who of a round's clients goes on after this phase of it, or None for all of them."""
+        return None
+
     def broadcast(self, phase: Phase, server: Tree, client: ClientInfo) -> Tree:
         """The message to one client. Equal messages should be the same object, so that they are sent once."""
         return Broadcast(server.model)
@@ -200,7 +210,7 @@ class Method(Training):
     def deploy(self, server: Tree, client: ClientInfo) -> Tree:
         """The message from which a client gets the model it would deploy: by default that of the first phase of
         a round. It is used for judging and is not counted as traffic."""
-        first = next(phase for phase in self.program() if phase.when not in ("start", "end"))
+        first = next(phase for phase in self.program() if phase.inner)
         return self.broadcast(first, server, client)
 
     def aggregate(

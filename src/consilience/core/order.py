@@ -59,15 +59,15 @@ class Order(NamedTuple):
         """Whether a client must keep the model that its last training ended with."""
         return not self.plain and self.kind != "random" and self.score != "global"
 
-    def pool(self, n: int, total: int) -> Callable[[int], int]:
+    def pool(self, n: int, total: int, least: int = LEAST) -> Callable[[float], int]:
         """How many of ``n`` rows are in the pool at each of ``total`` steps."""
         first, whole = self.begin * n, self.reach * total
 
-        def size(step: int) -> int:
+        def size(step: float) -> int:
             if step >= whole:
                 return n
             share = {"linear": step / whole, "root": math.sqrt(step / whole), "step": 0.0}[self.pacing]
-            return min(n, max(int(first + (n - first) * share), LEAST))
+            return min(n, max(int(first + (n - first) * share), least))
 
         return size
 

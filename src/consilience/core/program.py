@@ -18,8 +18,8 @@ class Program:
 
     @property
     def first(self) -> int:
-        """Index of a round's first phase."""
-        return next(c[0] for c in self.chains if self.phases[c[0]].when not in ("start", "end"))
+        """Index of a round's first phase that is not only a question."""
+        return next(c[0] for c in self.chains if self.phases[c[0]].inner)
 
     def at(self, when: str) -> list[tuple[int, ...]]:
         """The chains of the start or the end of a run."""
@@ -45,6 +45,6 @@ def _chains(program: Sequence[Phase]) -> list[tuple[int, ...]]:
             chains[-1] = (*chains[-1], i)
         else:
             chains.append((i,))
-    if not any(program[c[0]].when not in ("start", "end") for c in chains):
+    if not any(program[c[0]].inner for c in chains):
         raise ConfigError("a program needs a phase in every round")
     return chains

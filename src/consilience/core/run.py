@@ -224,7 +224,7 @@ class Loop:
         """Dispatch a chain's first phase; returns job ids. again: a later chain of the same round, so the same job
         numbers."""
         jobs: list[Job] = []
-        aside = self.program[chain[0]].when in ("start", "end")  # no round's training, so nothing before and after it
+        aside = not self.program[chain[0]].inner  # no round's training, so nothing before and after it
         for start in sorted(starts, key=lambda s: s.client):
             number = self.numbers.get(start.client, 0) + (0 if again else 1)
             self.numbers[start.client] = number
@@ -342,7 +342,10 @@ class Loop:
         good = self._combine(chains[self.chain], replies)
         if good and self.chain + 1 < len(chains):  # with nobody left, the round ends here
             self.chain += 1
-            starts = [Start(r.job.client, r.job.steps, r.job.slot) for r in good]
+            going = self.method.proceed(self.program[chains[self.chain - 1][-1]], self.server)
+            starts = [
+                Start(r.job.client, r.job.steps, r.job.slot) for r in good if going is None or r.job.client in going
+            ]
             self._start(chains[self.chain], starts, again=True)
             return
         self.version += 1

@@ -106,6 +106,8 @@ class Site:
         """Mean training loss of the first fit, which is the training; later ones are a method's own business."""
         self.before: Weights | None = None
         """The model that the client's last training ended with, where it is kept."""
+        self.buffers: Any = None
+        """The buffers that the client kept, where they stay local."""
         self.trained: Weights | None = None
         """The one that this job's training ended with."""
         self.together = together

@@ -47,6 +47,9 @@ class Training:
     weights: Literal["samples", "uniform", "disco", "ida", "fedau", "fedce"] = option(
         "samples", "a client's weight: n_k / sum n, 1 / cohort, or by a rule: disco, ida, fedau, fedce"
     )
+    selection: str = option(
+        "random", "who of a round's clients train: random (all), or curriculum or anti, :COUNT[:PACING][:ROUNDS:B]"
+    )
     aggregator: str = option("mean", "how updates combine: mean, median, trimmed:F, rfa, upgrad or mgda")
     then: str = option("none", "after the last round: none, or ccvr[:M] (the head refitted on M virtual rows a class)")
     form: Literal["model", "delta"] = option("model", "clients send models or differences")

@@ -230,7 +230,7 @@ class Worker:
 
     def personal(self, message: Tree, client: int, state: Tree) -> Predictor | None:
         """What a client would deploy, from the message that it would get and its own state."""
-        first = next(i for i, phase in enumerate(self.program) if phase.when not in ("start", "end"))
+        first = next(i for i, phase in enumerate(self.program) if phase.inner)
         site, _ = self.site(Job(-1, client, 0, 0, 0, first))
         message, own = self._open(site, message, state)
         return self.method.personal_model(site, message, own)
@@ -276,7 +276,7 @@ class Worker:
         if not self._keeps:
             return message, self._own(site, state)
         kept = Kept(self.method.init_client(site), None) if state is None else state
-        site.before = kept.trained
+        site.before, site.buffers = kept.trained, kept.buffers
         if kept.buffers is not None and tr.is_record(message):
             models = [name for name, kind in kinds(type(message)).items() if kind is Kind.MODEL]
             message = message._replace(**{n: Weights(getattr(message, n).params, kept.buffers) for n in models})
@@ -293,7 +293,7 @@ class Worker:
             return update, Kept(own, None, trained)
         if isinstance(update, DeltaUpdate):
             return update._replace(buffers={}), Kept(own, update.buffers, trained)
-        buffers = None
+        buffers = site.buffers  # of an update that has none
         for name, kind in kinds(type(update)).items() if tr.is_record(update) else ():
             if kind is Kind.BUFFERS:
                 buffers = getattr(update, name)

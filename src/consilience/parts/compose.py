@@ -11,17 +11,20 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
+import torch
+
 from consilience.core import tree as tr
 from consilience.core.errors import ConfigError
 from consilience.core.messages import Broadcast, ClientInfo, Model, Reply, Stat, kinds
 from consilience.core.method import Method, Phase, sums_suffice
 from consilience.core.model import Architecture, Params, Weights
 from consilience.core.predict import Net, Predictor
-from consilience.core.shapes import Expected
+from consilience.core.shapes import Expected, Shape
 from consilience.core.site import Host, Place, Site
 from consilience.core.tree import Tree, record
-from consilience.parts import aggregators, calibration
+from consilience.parts import aggregators, calibration, selection
 from consilience.parts.calibration import Calibration
+from consilience.parts.selection import Selection
 from consilience.parts.weights import RULES, Given, Rule
 
 
@@ -47,6 +50,14 @@ class Own(NamedTuple):
 
     state: Tree
     last: Weights | None
+
+
+@record
+class Picked(NamedTuple):
+    """The method's own server state (or a rule's), and the clients chosen to train in this round."""
+
+    server: Tree
+    chosen: list[int]
 
 
 class Combined(Method):
@@ -182,6 +193,79 @@ class Asked(Weighed):
         return state.state if self.rule().remembers else state
 
 
+class Chosen(Method):
+    """Mixin: of a round's clients some train, by how the global model does on their rows."""
+
+    def picks(self) -> Selection:
+        """Who; what the option ``selection`` names."""
+        found = selection.parse(self.selection)
+        assert found is not None
+        return found
+
+    def program(self) -> tuple[Phase, ...]:
+        """The question, and the method's phases."""
+        return (SELECT, *super().program())
+
+    def sends(self) -> None:
+        """Phases send different things."""
+
+    def least_samples(self, phase: Phase, rows: int, steps: int | None) -> int:
+        """The method's; none for an answer."""
+        return 0 if phase == SELECT else super().least_samples(phase, rows, steps)
+
+    def expects(self, place: Place, model: str) -> Mapping[str, Expected]:
+        """The method's, and the answer."""
+        return {**super().expects(place, model), "train_loss": Shape(torch.float64, (), low=0)}
+
+    def init_server(self, host: Host) -> Picked:
+        """The method's, and nobody chosen."""
+        return Picked(super().init_server(host), [])
+
+    def select(self, server: Picked, view: Any) -> Sequence[int] | None:
+        """The method's."""
+        return super().select(server.server, view)
+
+    def proceed(self, phase: Phase, server: Picked) -> Sequence[int] | None:
+        """Those who were chosen."""
+        return server.chosen if phase == SELECT else super().proceed(phase, server.server)
+
+    def broadcast(self, phase: Phase, server: Tree, client: ClientInfo) -> Tree:
+        """The method's, or the global model."""
+        if phase == SELECT:
+            return Broadcast(_plain(server).model)
+        return super().broadcast(phase, server.server if isinstance(server, Picked) else server, client)
+
+    def deploy(self, server: Picked, client: ClientInfo) -> Tree:
+        """The method's."""
+        return super().deploy(server.server, client)
+
+    def client_update(self, phase: Phase, site: Site, message: Tree, state: Tree) -> tuple[Tree, Tree]:
+        """The method's, or an answer."""
+        if phase == SELECT:
+            return self.picks().answer(site, message.model), state
+        return super().client_update(phase, site, message, state)
+
+    def aggregate(
+        self, phase: Phase, host: Host, server: Picked, replies: Sequence[Reply], cohort: Sequence[int]
+    ) -> Picked:
+        """The method's, or the choice."""
+        if phase == SELECT:
+            return server._replace(chosen=self.picks().choose(host, replies))
+        return server._replace(server=super().aggregate(phase, host, server.server, replies, cohort))
+
+    def report(self, server: Picked) -> Mapping[str, float]:
+        """The method's."""
+        return super().report(server.server)
+
+    def global_model(self, server: Picked) -> Predictor | None:
+        """The method's."""
+        return super().global_model(server.server)
+
+
+SELECT = Phase("select", asks=True)
+"""The question of :class:`Chosen`."""
+
+
 class Calibrated(Method):
     """Mixin: after the last round the global model's head is fitted once more."""
 
@@ -231,8 +315,7 @@ class Calibrated(Method):
         if phase != CALIBRATE or stage is None:
             return super().aggregate(phase, host, server, replies, cohort)
         own = _plain(server)
-        own = own._replace(model=stage.refit(host, own.model, replies))
-        return server._replace(server=own) if isinstance(server, Standing) else own
+        return _replaced(server, own._replace(model=stage.refit(host, own.model, replies)))
 
 
 CALIBRATE = Phase("calibrate", when="end")
@@ -241,7 +324,16 @@ CALIBRATE = Phase("calibrate", when="end")
 
 def _plain(server: Tree) -> Any:
     """The method's own server state."""
-    return server.server if isinstance(server, Standing) else server
+    while isinstance(server, (Standing, Picked)):
+        server = server.server
+    return server
+
+
+def _replaced(server: Tree, own: Tree) -> Tree:
+    """The server state with another one of the method's own in it."""
+    if not isinstance(server, (Standing, Picked)):
+        return own
+    return server._replace(server=_replaced(server.server, own))
 
 
 def composed(method: Method) -> Method:
@@ -252,6 +344,12 @@ def composed(method: Method) -> Method:
         if type(method).global_model not in (Method.global_model, Weighed.global_model):
             raise ConfigError(f"{method.name} has no global model of its own head; use then=none")
         mixins.append(Calibrated)
+    if not isinstance(method, Chosen) and selection.parse(method.selection) is not None:
+        if type(method).global_model not in (Method.global_model, Weighed.global_model) or (
+            method.needs.architectures != "same"
+        ):
+            raise ConfigError(f"{method.name} has no one model that clients can be asked about; use selection=random")
+        mixins.append(Chosen)
     if not isinstance(method, Weighed) and method.weights in RULES:
         rule = RULES[method.weights]
         if not method.takes_rules:
@@ -281,9 +379,11 @@ def _made(mixins: tuple[type[Method], ...], base: type[Method], fields: dict[str
         name = "".join(m.__name__ for m in mixins) + base.__name__
         space: dict[str, Any] = {"__reduce__": lambda self: (_made, (mixins, base, _fields(self)))}
         space["__module__"] = base.__module__
-        first = tuple(m for m in mixins if m is Calibrated)  # its phase is nobody else's
-        if first:
-            space["needs"] = dataclasses.replace(base.needs, split_model=True, classification=True)
+        first = tuple(m for m in mixins if m in (Calibrated, Chosen))  # their phases are nobody else's
+        needs = dataclasses.replace(base.needs, loss=True) if Chosen in first else base.needs
+        if Calibrated in first:
+            needs = dataclasses.replace(needs, split_model=True, classification=True)
+        space["needs"] = needs
         rest = mixins[len(first) :]
         parents: tuple[type, ...]
         parents = (*first, base, *rest) if issubclass(base, Weighed) else (*mixins, base)  # weights, then combining
