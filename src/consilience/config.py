@@ -101,6 +101,12 @@ class Config(BaseModel):
     attack: str | None = Field(
         None, description="NAME:FRACTION[:STRENGTH][:blind]: what hostile clients do, as alie:0.2"
     )
+    epsilon: float | None = Field(None, gt=0, description="client-level differential privacy that the run may spend")
+    delta: float = Field(1e-6, gt=0, lt=1, description="chance at which epsilon may fail; well below 1 / clients")
+    dp_clip: str = Field("1.0", description="norm of an update: C, layers:C, dim:C, normalise:C, adaptive:QUANTILE[:C]")
+    dp_mechanism: Literal["poisson", "fixed", "tree"] = Field("poisson", description="who is drawn, and how it counts")
+    noise_multiplier: float | None = Field(None, ge=0, description="noise by the clipping norm, instead of --epsilon")
+    secure: float | None = Field(None, gt=0.5, le=1, description="sums are secret; share of a cohort that must be left")
     init: str | None = Field(None, description="a safetensors file to start from")
     seed: int = Field(0, ge=0, description="of everything random")
     seeds: int = Field(1, ge=1, description="repetitions, with seeds seed, seed + 1, ...")

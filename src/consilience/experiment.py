@@ -125,6 +125,15 @@ def _timing(config: Config) -> dict[str, Any]:
     return {**{key: getattr(config, key) for key in keys}, "clock": clock}
 
 
+def _privacy(config: Config) -> Any:
+    """What is to be private."""
+    from consilience.privacy.options import Privacy
+
+    return Privacy(
+        config.epsilon, config.delta, config.noise_multiplier, config.dp_clip, config.dp_mechanism, config.secure
+    )
+
+
 def _devices(config: Config) -> dict[str, Any]:
     """The arguments of ``prepare`` that say who has which device."""
     return {"fleet": config.fleet, "fleet_correlation": config.fleet_correlation}
@@ -133,15 +142,19 @@ def _devices(config: Config) -> dict[str, Any]:
 def check(spec: RunSpec, federation: Any) -> Any:
     """Refuse what cannot run, before anything is written; returns the worker, for planning."""
     from consilience import loggers, methods
+    from consilience.core.events import cohort_size
     from consilience.simulate import prepare, timing
 
     loggers.check(spec.config.log)
     if spec.config.address is not None and spec.config.executor != "ray":
         raise ConfigError("--address goes with --executor ray")
-    worker = prepare(
-        methods.make(spec.method, spec.options), federation, **_arguments(spec, federation), **_devices(spec.config)
-    )
-    timing(worker, participation=spec.config.participation, **_timing(spec.config))
+    config, privacy = spec.config, _privacy(spec.config)
+    privacy.check(spec.options)
+    method = privacy.method(methods.make(spec.method, spec.options))
+    worker = prepare(method, federation, **_arguments(spec, federation), **_devices(config))
+    _, schedule = timing(worker, participation=config.participation, **_timing(config))
+    cohort, always = cohort_size(config.participation, federation.n_seen), config.availability == "always"
+    privacy.release(worker, schedule, rounds=config.rounds, cohort=cohort, available=always)
     return worker
 
 
@@ -178,6 +191,7 @@ def execute(
             rounds=config.rounds,
             participation=config.participation,
             **_timing(config),
+            privacy=_privacy(config),
             eval_every=config.eval_every,
             eval_clients_every=config.eval_clients_every,
             eval_clients=config.eval_clients,
@@ -206,6 +220,7 @@ def trial(spec: RunSpec, federation: Any) -> Any:
         rounds=config.rounds,
         participation=config.participation,
         **_timing(config),
+        privacy=_privacy(config),
         eval_every=config.rounds,
         eval_clients_every=0,
         eval_clients=1,

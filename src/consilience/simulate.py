@@ -42,6 +42,7 @@ from consilience.measure.metrics import Standard
 from consilience.parts.compose import composed
 from consilience.parts.compressed import Compressed
 from consilience.parts.split import head_of
+from consilience.privacy.options import NONE, Privacy
 from consilience.schedule import names as schedules
 from consilience.schedule.buffered import Buffered
 from consilience.wire.adversary import Adversary, attacked
@@ -145,6 +146,7 @@ def run(
     init: Weights | None = None,
     clock: Clock | None = None,
     attack: str | None = None,
+    privacy: Privacy = NONE,
     seed: int = 0,
     out: str | Path | None = None,
     resume: bool = False,
@@ -160,13 +162,13 @@ def run(
     (None: all); those used least lately go to files, in ``out`` or among temporary files. fleet: of simulated
     devices: a name, a csv file, a function, or a Device for each client. clock: how long jobs take in virtual time,
     instead of a fleet. attack: what hostile clients do, as ``--attack`` takes it; they are not
-    judged. address: of the Ray cluster, with executor "ray". out: a folder to write; resume: go on from the folder's
-    newest checkpoint. config: what config.yaml shall say. on_line: called with each line of history. The rest
-    as in the command line.
+    judged. privacy: what is to be private. address: of the Ray cluster, with executor "ray". out: a folder to write;
+    resume: go on from the folder's newest checkpoint. config: what config.yaml shall say. on_line: called with each
+    line of history. The rest as in the command line.
 
     Raises ConfigError, DataError or NeedsError before any work, ClientError if a client's own code fails.
     """
-    method, harm = composed(method), parse_attack(attack)
+    method, harm = composed(privacy.method(method)), parse_attack(attack)
     worker = prepare(
         method, federation, model=model, models=models, feature_dim=feature_dim, topology=topology, mixing=mixing,
         init=init, seed=seed, fleet=fleet, fleet_correlation=fleet_correlation, attack=attack,
@@ -178,6 +180,9 @@ def run(
     }  # fmt: skip
     found, rule = timing(worker, participation=participation, clock=clock, **when)  # type: ignore[arg-type]
     path = None if out is None else Path(out)
+    cohort = cohort_size(participation, federation.n_seen)
+    shown = {"rounds": rounds, "cohort": cohort, "available": availability == "always"}
+    privacy.release(worker, rule, **shown)  # refused before anything is written
     # what a checkpoint may be resumed with: everything that decides the bits, beside the data's fingerprint
     named = (
         method.name,
@@ -193,7 +198,8 @@ def run(
     )
     devices = fleet if clock is None else getattr(clock, "name", type(clock).__qualname__)
     combines = rule if schedule is None or isinstance(schedule, str) else type(rule).__qualname__
-    identity = repr((*named, devices, availability, drops, fleet_correlation, combines, *([harm] if harm else [])))
+    more = (*([harm] if harm else []), *([privacy] if privacy != NONE else []))
+    identity = repr((*named, devices, availability, drops, fleet_correlation, combines, *more))
     adversary = [] if harm is None else [Adversary(harm, worker, found, seed)]
     budget = None if client_state_memory is None else parse_bytes(client_state_memory)
     with cluster(executor, address, workers):
@@ -204,12 +210,13 @@ def run(
         keeper = _Keeper(recorder, states, on_line)
         setup = Setup(
             rounds=rounds,
-            cohort=cohort_size(participation, federation.n_seen),
+            cohort=cohort,
             schedule=rule,
             clock=found,
             measures=Standard(),
             recorder=keeper,
             stages=stages(worker, adversary),
+            release=privacy.release(worker, rule, **shown, folder=path),
             evaluation=Evaluation(eval_every, eval_clients_every, eval_clients, worker.place.chunk),
             checkpoint_every=checkpoint_every,
             elapsed=spent,

@@ -65,6 +65,7 @@ class View(NamedTuple):
     on, by arrival. cohort: how many clients a round asks for. draw: a number of clients that are online and not
     busy, as :func:`draw_cohort` does, of all or among those given. running: the jobs in flight by id.
     expect: virtual seconds that a job of a client would take with its usual steps, or with so many.
+    sampled: the cohort is drawn by a rule by which it may be empty; that round is then made without anybody.
     """
 
     time: float
@@ -77,6 +78,7 @@ class View(NamedTuple):
     draw: Callable[..., list[int]]
     running: Mapping[int, Job] = {}
     expect: Callable[..., float] = lambda client, steps=None: 0.0
+    sampled: bool = False
 
 
 class Schedule(Protocol):

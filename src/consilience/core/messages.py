@@ -6,6 +6,7 @@ import enum
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NamedTuple, Protocol, get_args, get_type_hints
 
+import numpy as np
 from torch import Tensor
 
 from consilience.core.model import Architecture, Params, Weights
@@ -246,6 +247,41 @@ class Refusal(NamedTuple):
     client: int
     field: str
     reason: str
+
+
+class Released(NamedTuple):
+    """What a :class:`Release` gives: the sums as an update (None: nothing), its new state, and bytes that were sent for
+    it beside the updates, as (up, down) by client."""
+
+    update: Tree
+    state: Tree
+    traffic: Mapping[int, tuple[int, int]] = {}
+
+
+class Release(Protocol):
+    """What stands between the stages and combining where the method is to see no more than sums of the updates: one
+    reply without client, samples or loss. Private sums, secret sums."""
+
+    def init(self) -> Tree:
+        """The first state, kept in checkpoints."""
+        ...
+
+    def draw(self, version: int, clients: np.ndarray) -> Sequence[int] | None:
+        """Who is asked for this version; None leaves it to the schedule."""
+        ...
+
+    def size(self, update: Tree) -> int:
+        """Bytes of an update as it is sent."""
+        ...
+
+    def __call__(self, replies: Sequence[Reply], asked: Sequence[int], version: int, state: Tree) -> Released:
+        """The sums of the replies of those who were ``asked`` for this version and are left; without replies there
+        may be sums too."""
+        ...
+
+    def report(self, version: int, state: Tree) -> Mapping[str, Any]:
+        """What the line of history says under ``privacy``."""
+        ...
 
 
 class Stage(Protocol):

@@ -15,7 +15,7 @@ from consilience.core.evaluate import Judge, Line
 from consilience.core.events import TICK, Decision, Event, Instant, RealTime, Start, View, draw_cohort
 from consilience.core.executor import Executor
 from consilience.core.failpoint import reach
-from consilience.core.messages import Inbox, Job, Reply, Score, Summed, Trip, Work
+from consilience.core.messages import Inbox, Job, Release, Reply, Score, Summed, Trip, Work
 from consilience.core.method import sums_suffice
 from consilience.core.outbox import Outbox, size_of
 from consilience.core.program import Program
@@ -68,11 +68,14 @@ class Loop:
         self.due = False
         self.began = time.perf_counter() - setup.elapsed
         self._open: list[_Open] = []
+        self._asked_now: set[int] = set()
         self._laps: list[dict[str, Any]] = []
         self._timed = type(setup.clock) is not Instant
         self._real = setup.clock if isinstance(setup.clock, RealTime) else None
         self._judged: dict[int, tuple[Score, Score]] = {}
-        self._sum_there = sums_suffice(self.method) and all(stage is worker.check for stage in setup.stages)
+        plain = setup.release is None and all(stage is worker.check for stage in setup.stages)
+        self._sum_there = plain and sums_suffice(self.method)
+        self.release: Tree = None if setup.release is None else setup.release.init()
         if resume is None:
             self.version, self.time, self.next_job, self.order, self.started = 0, 0.0, 0, 0, 0
             self.ready, self.begun, self.chain = True, False, 0
@@ -239,6 +242,7 @@ class Loop:
                 )
             )
         self.next_job += len(jobs)
+        self._asked_now |= {job.client for job in jobs}
         self.started += 0 if again else len(jobs)
         if self.program[chain[0]].over == "neighbours":
             self._exchange(jobs)
@@ -311,7 +315,7 @@ class Loop:
     def _take(self, o: _Open, work: Work | None) -> None:
         """Let what a job did arrive at its time. work: None if its client does not answer."""
         work = work or NOTHING
-        job, up, samples, steps, before = o.job, size_of(work.update), work.samples, work.steps, work.before
+        job, up, samples, steps, before = o.job, self._size(work.update), work.samples, work.steps, work.before
         leg = self._leg(o, work, up)
         if o.at + leg.seconds < o.bound:
             raise ConsilienceError(
@@ -346,6 +350,7 @@ class Loop:
             return
         self.version += 1
         self.outbox.forget()
+        self._asked_now = set()
         self.chain, self.started, self.ready = 0, 0, True
         if self.version == self.setup.rounds:
             self._barriers("end")
@@ -356,12 +361,14 @@ class Loop:
         phase, good = self.program[chain[-1]], list(replies)
         reach("aggregate")
         if phase.over != "neighbours":
-            summed = self._summed(good)
+            summed = None if self.setup.release is not None else self._summed(good)
             if summed is None:
                 good = self._passed([self._whole(reply) for reply in good])
-            if good:
-                cohort = [reply.job.client for reply in replies]
-                given = good if summed is None else [summed]
+            given = good if summed is None else [summed]
+            cohort = [reply.job.client for reply in replies]
+            if self.setup.release is not None:
+                given, cohort = self._released(self.setup.release, chain[-1], good), []
+            if given:
                 call = Call("aggregate", (chain[-1], self.version, self.server, given, cohort))
                 here = self.worker.run if not self.method.trains_on_server else self.executor.run
                 self.server, *computed = here(call)
@@ -387,6 +394,20 @@ class Loop:
             if refusals:
                 self.setup.recorder.refused(self.version + 1, refusals)
         return replies
+
+    def _released(self, release: Release, phase: int, replies: Sequence[Reply]) -> list[Reply]:
+        """One reply with what may be known of these, and nothing else of them."""
+        update, self.release, traffic = release(replies, sorted(self._asked_now), self.version, self.release)
+        for client, (up, down) in traffic.items():
+            self._spend(Totals(up, down), client)
+        nobody = Job(-1, -1, 0, 0, self.version, phase)
+        return [] if update is None else [Reply(nobody, update, 1, 0, 0, 0, 0.0, math.nan)]
+
+    def _size(self, update: Tree) -> int:
+        """Bytes of an update as it is sent."""
+        if self.setup.release is None or update is None:
+            return size_of(update)
+        return self.setup.release.size(update)
 
     def _summed(self, replies: Sequence[Reply]) -> Reply | None:
         """One reply that holds the sums of these, if they were added up where they were made."""
@@ -480,11 +501,13 @@ class Loop:
             line = {"round": self.version, "wall_s": wall, "virtual_s": self.time, **self.totals._asdict()}
             losses = [reply.loss * reply.samples for reply in replies if reply.loss == reply.loss]
             weight = sum(reply.samples for reply in replies if reply.loss == reply.loss)
-            if weight:
+            if weight and self.setup.release is None:
                 line["train_loss"] = sum(losses) / weight
             numbers = self.method.report(self.server)
             if numbers:
                 line["method"] = dict(numbers)
+            if self.setup.release is not None:
+                line["privacy"] = dict(self.setup.release.report(self.version, self.release))
             self.lines.append(
                 self.judge.begin(
                     line, self.server, partial(self.outbox.deployed, self.server), self._asked, judged, self.spent
@@ -526,6 +549,7 @@ class Loop:
             self.rings, tuple(self.news), self.watch,
             self.executor.states(), dict(self.executor.pending()),
             tuple(Sent(o.job, o.rest, o.at, o.down, o.rings, o.earlier, o.order, o.message) for o in self._open),
+            self.release,
         )  # fmt: skip
 
     def _restore(self, s: Snapshot) -> None:
@@ -535,7 +559,7 @@ class Loop:
         self.numbers, self.admitted, self.timers = dict(s.numbers), dict(s.admitted), list(s.timers)
         self.arrived = {reply.job.id: reply for reply in s.arrived}
         self.flights = {flight.job.id: flight for flight in s.flights}
-        self.rings, self.news, self.watch = s.rings, list(s.news), s.watch
+        self.rings, self.news, self.watch, self.release = s.rings, list(s.news), s.watch, s.release
         self.executor.restore(s.states, s.pending)
         for o in s.out:
             ticket = self.executor.submit(o.job, o.message, resumes=o.job.id in s.pending)
@@ -567,8 +591,11 @@ class Loop:
             self.setup.cohort, lambda size: [], running, self._expect,
         )  # fmt: skip
         drawn: list[int] = []
+        sampled = None if self.setup.release is None else self.setup.release.draw(self.version, self.clients)
 
         def draw(size: int, among: Sequence[int] | None = None) -> list[int]:
+            if sampled is not None:
+                return list(sampled)
             chosen = self.method.select(self.server, view) if among is None else None
             if chosen is not None:
                 wanted = np.array(sorted(int(c) for c in chosen if int(c) not in busy), dtype=np.int64)
@@ -580,7 +607,7 @@ class Loop:
             idle = self._online(self._idle(busy))
             return draw_cohort(rng, idle if among is None else idle[np.isin(idle, list(among))], size)
 
-        return view._replace(draw=draw)
+        return view._replace(draw=draw, sampled=sampled is not None)
 
     def _expect(self, client: int, steps: int | None = None) -> float:
         """Virtual seconds that a job would take: an upload is taken to be as large as the download."""

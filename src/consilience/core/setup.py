@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from consilience.core.evaluate import Evaluation, Measures
 from consilience.core.events import Clock, Schedule
-from consilience.core.messages import Refusal, Stage
+from consilience.core.messages import Refusal, Release, Stage
 from consilience.core.snapshot import Snapshot
 
 
@@ -37,7 +37,7 @@ class Setup:
     """What :func:`run` is given beside method, federation and executor.
 
     rounds: server updates to make. cohort: clients a round asks for. checkpoint_every: rounds, 0 for never
-    (but the end is always offered to the recorder).
+    (but the end is always offered to the recorder). release: where the method may see sums alone.
     elapsed: wall seconds spent before, for a run that is resumed.
     """
 
@@ -48,6 +48,7 @@ class Setup:
     measures: Measures
     recorder: Recorder
     stages: Sequence[Stage] = ()
+    release: Release | None = None
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoint_every: int = 10
     elapsed: float = 0.0

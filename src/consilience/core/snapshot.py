@@ -95,3 +95,4 @@ class Snapshot(NamedTuple):
     states: Mapping[int, Tree]
     pending: dict[int, Tree]
     out: tuple[Sent, ...] = ()
+    release: Tree = None

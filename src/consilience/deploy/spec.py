@@ -127,6 +127,8 @@ def make(run: RunSpec, section: Mapping[str, Any], where: str = "run.yaml") -> D
     for key in ("unseen", "drops", "fleet_correlation", "availability", "fleet", "replay", "attack"):
         if getattr(config, key) != getattr(default, key):
             raise ConfigError(f"{where}: {key} is for simulations; real sites are as they are")
+    if config.epsilon is not None or config.noise_multiplier is not None or config.secure is not None:
+        raise ConfigError(f"{where}: differential privacy and secret sums are for simulations yet; leave them out")
     if config.seeds != 1:
         raise ConfigError(f"{where}: a deployment is one run; leave out seeds")
     made = methods.make(run.method, run.options)

@@ -13,7 +13,8 @@ from consilience.core.tree import Tree
 class Rounds:
     """Synchronous rounds. Nothing to remember: a round is over when nothing is in flight.
 
-    Of a cohort only those are asked that are online; when nobody is, the round begins with whoever comes first.
+    A cohort that is sampled may be empty, and its round is then made without anybody. Of any other only those are
+    asked that are online; when nobody is, the round begins with whoever comes first.
     """
 
     def init(self) -> Tree:
@@ -27,4 +28,6 @@ class Rounds:
         if view.arrived:
             return Decision(state, admit=[[reply.job.id for reply in view.arrived]])
         start = [Start(client) for client in view.draw(view.cohort)]
+        if view.sampled and not start:
+            return Decision(state, admit=[[]])
         return Decision(state, start=start, watch=not start)

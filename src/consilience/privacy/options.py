@@ -1,0 +1,170 @@
+"""What may be asked of a run's privacy, checked, and the release that it makes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from consilience.core import tree as tr
+from consilience.core.errors import ConfigError, NeedsError
+from consilience.core.events import Schedule
+from consilience.core.messages import Release
+from consilience.core.method import Method
+from consilience.core.worker import Worker
+from consilience.privacy import suits
+from consilience.privacy.clip import parse
+from consilience.privacy.ledger import LEDGER, Ledger
+from consilience.privacy.mechanism import make, solved
+from consilience.schedule.rounds import Rounds
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """Options of privacy. epsilon: to be spent by the whole run at ``delta``; noise: or the noise multiplier itself.
+    clip, mechanism: as in :func:`consilience.privacy.clip.parse` and :data:`consilience.privacy.mechanism.MECHANISMS`.
+    secure: sums are secret, and can be made as long as this share of the clients that were asked is left.
+
+    Raises ConfigError.
+    """
+
+    epsilon: float | None = None
+    delta: float = 1e-6
+    noise: float | None = None
+    clip: str = "1.0"
+    mechanism: str = "poisson"
+    secure: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.epsilon is not None and self.noise is not None:
+            raise ConfigError("--epsilon and --noise-multiplier say the same thing; give one of them")
+        if self.epsilon is not None and not 0 < self.epsilon < math.inf:
+            raise ConfigError(f"--epsilon {self.epsilon:g}: above 0 and finite")
+        if not 0 < self.delta < 1:
+            raise ConfigError(f"--delta {self.delta:g}: between 0 and 1, and well below 1 / clients")
+        if self.noise is not None and not 0 <= self.noise < math.inf:
+            raise ConfigError(f"--noise-multiplier {self.noise:g}: 0 or more")
+        if math.isinf(parse(self.clip).norm) and (self.epsilon is not None or self.noise):
+            raise ConfigError("--dp-clip inf clips nothing, so no noise could cover it; give a finite norm")
+        make(self.mechanism, 1, 1, 1)
+        if self.secure is not None and not 0.5 < self.secure <= 1:
+            raise ConfigError(
+                f"--secure {self.secure:g}: above 0.5, so that no two halves can be unmasked, and at most 1"
+            )
+        if self.secure is not None and self.asked:
+            raise ConfigError("--secure and differential privacy do not go together yet: give one of them")
+
+    @property
+    def asked(self) -> bool:
+        """Whether anything is to be private."""
+        return self.epsilon is not None or self.noise is not None
+
+    def method(self, method: Method) -> Method:
+        """The method as it runs with this."""
+        return suits.uniform(method) if self.asked else method
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        """Refuse options of a method that were asked for and that privacy would overrule."""
+        for key, right in (("weights", "uniform"), ("form", "delta")):
+            if self.asked and options.get(key, right) != right:
+                raise ConfigError(
+                    f"{key}={options[key]} with differential privacy: only {key}={right} is covered by it"
+                )
+
+    def release(
+        self,
+        worker: Worker,
+        schedule: Schedule,
+        *,
+        rounds: int,
+        cohort: int,
+        available: bool,
+        folder: Path | None = None,
+    ) -> Release | None:
+        """The release of a run, checked against its method and schedule; None if nothing was asked for. available:
+        whether all clients can always be reached. folder: where the ledger is kept."""
+        method, place = worker.method, worker.place
+        if self.secure is not None:
+            return self._secret(worker, schedule, cohort)
+        if not self.asked:
+            return None
+        why = suits.why_not(method, place)
+        if why is not None:
+            raise NeedsError(f"{method.name} {why}: it cannot run with differential privacy\n{fitting(True)}")
+        odd = suits.no_difference(method)
+        if odd is not None:
+            raise NeedsError(
+                f"{method.name} sends '{odd}', which is no difference: differential privacy cannot bound it"
+            )
+        buffer = suits.buffers_of(method, place)
+        if buffer is not None:
+            raise NeedsError(
+                f"model '{place.model_of(0)}' has buffers ('{buffer}') that privacy does not cover; keep them at the "
+                "clients with --buffers local"
+            )
+        if not isinstance(schedule, Rounds) or not available:
+            raise ConfigError("differential privacy draws the clients itself: it needs --schedule rounds and "
+                              "--availability always")  # fmt: skip
+        clip, clients = parse(self.clip), worker.federation.n_seen
+        if clip.kind == "adaptive" and self.mechanism == "tree":
+            raise ConfigError(
+                "--dp-clip adaptive changes the bound within a tree; give --dp-mechanism tree a fixed one"
+            )
+        mechanism = make(self.mechanism, clients, cohort, rounds, place.seed)
+        noise = self.noise if self.epsilon is None else solved(mechanism, self.epsilon, self.delta)
+        assert noise is not None
+        from consilience.privacy.central import Central
+
+        made = method.sends()
+        assert made is not None
+        return Central(
+            made, mechanism, clip, noise, self.delta, suits.weights(method, mechanism.cohort),
+            suits.template(method, place), Ledger(None if folder is None else folder / LEDGER), f"seed {place.seed}",
+            self.epsilon,
+        )  # fmt: skip
+
+    def _secret(self, worker: Worker, schedule: Schedule, cohort: int) -> Release:
+        """Secret sums."""
+        method, place = worker.method, worker.place
+        why = suits.why_not(method, place)
+        if why is not None:
+            raise NeedsError(f"{method.name} {why}: it cannot run with secure aggregation\n{fitting(False)}")
+        if not isinstance(schedule, Rounds):
+            raise ConfigError(
+                "secure aggregation waits for a cohort that knows of each other: it needs --schedule rounds"
+            )
+        if cohort < 2:
+            raise ConfigError(
+                "secure aggregation: the sum of one client's update hides nothing; ask two or more a round"
+            )
+        template = suits.template(method, place)
+        if any(not leaf.is_floating_point() for leaf in tr.tensors(template)):
+            raise NeedsError(f"model '{place.model_of(0)}' counts batches in its buffers, which have no sum; keep "
+                             "them at the clients with --buffers local")  # fmt: skip
+        from consilience.privacy.secret import Secret
+
+        assert self.secure is not None
+        return Secret(method, self.secure, template, place.seed, worker.federation.size)
+
+
+def fitting(differences: bool) -> str:
+    """The methods that run on sums, in words; differences: of differences with equal weights."""
+    from consilience import methods
+    from consilience.core.method import sums_suffice
+
+    found = []
+    for name, cls in methods.every().items():
+        try:
+            made = suits.uniform(cls.make({})) if differences else cls.make({})
+        except (NeedsError, ConfigError):
+            continue
+        known = len(made.program()) == 1 and sums_suffice(made) and made.sends() is not None
+        if known and not (differences and suits.no_difference(made)):
+            found.append(name)
+    return f"methods that fit: {', '.join(found)}"
+
+
+NONE = Privacy()
+"""Nothing private."""
