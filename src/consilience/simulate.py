@@ -181,8 +181,8 @@ def run(
     found, rule = timing(worker, participation=participation, clock=clock, **when)  # type: ignore[arg-type]
     path = None if out is None else Path(out)
     cohort = cohort_size(participation, federation.n_seen)
-    shown = {"rounds": rounds, "cohort": cohort, "available": availability == "always"}
-    privacy.release(worker, rule, **shown)  # refused before anything is written
+    release = partial(privacy.release, worker, rule, rounds=rounds, cohort=cohort, available=availability == "always")
+    release()  # refused before anything is written
     # what a checkpoint may be resumed with: everything that decides the bits, beside the data's fingerprint
     named = (
         method.name,
@@ -216,7 +216,7 @@ def run(
             measures=Standard(),
             recorder=keeper,
             stages=stages(worker, adversary),
-            release=privacy.release(worker, rule, **shown, folder=path),
+            release=release(folder=path),
             evaluation=Evaluation(eval_every, eval_clients_every, eval_clients, worker.place.chunk),
             checkpoint_every=checkpoint_every,
             elapsed=spent,

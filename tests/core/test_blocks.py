@@ -86,6 +86,7 @@ def test_the_methods_that_want_no_more_than_sums() -> None:
         "apfl",
         "per-fedavg",
         "spectral",
+        "fedins",
     ]
 
 

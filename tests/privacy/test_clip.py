@@ -42,6 +42,13 @@ def test_the_bound_holds(vector: list[Tensor], kind: str, norm: float) -> None:
     assert length(found) <= norm
 
 
+def test_a_nan_anywhere_is_nothing() -> None:
+    for vector in ([torch.tensor(1.0), torch.tensor(math.nan)], [torch.tensor(math.nan), torch.tensor(1.0)]):
+        found, within = clipped(vector, Clip("flat", 1.0))
+        assert length(found) == 0
+        assert not within
+
+
 def test_what_each_kind_does() -> None:
     vector = [torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])]
     flat, within = clipped(vector, Clip("flat", 1.0))

@@ -148,7 +148,7 @@ class Central:
         """The noise multiplier of the updates."""
         if self.clip.kind != "adaptive" or self.noise == 0:
             return self.noise
-        return (self.noise**-2 - (2 * self.count_noise) ** -2) ** -0.5
+        return 1 / math.sqrt(self.noise**-2 - (2 * self.count_noise) ** -2)
 
     @property
     def count_noise(self) -> float:

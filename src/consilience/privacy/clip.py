@@ -64,9 +64,10 @@ def parse(text: str) -> Clip:
 def norm_of(vector: Sequence[Tensor]) -> tuple[float, float]:
     """The Euclidean norm of all tensors together, as (largest magnitude, norm in units of it): their product is the
     norm, but may overflow. A vector with a number that is not finite is (inf, 1)."""
-    largest = max((float(part.abs().max()) for part in vector if part.numel()), default=0.0)
-    if not math.isfinite(largest):
+    most = [float(part.abs().max()) for part in vector if part.numel()]
+    if not all(map(math.isfinite, most)):  # before max(), which may pass over a nan
         return math.inf, 1.0
+    largest = max(most, default=0.0)
     if largest == 0:
         return 0.0, 1.0
     return largest, math.sqrt(sum(float((part.double() / largest).square().sum()) for part in vector))
