@@ -139,7 +139,7 @@ def test_who_comes_first_changes_nothing(seed: int, name: str) -> None:
     compared as sums. Ties (n = 4, where Krum looks at one neighbour, and doubles) included."""
     rng = np.random.default_rng(seed)
     rows = clouds(seed, n=int(rng.integers(4, 9)))
-    rows[1] = rows[0]
+    rows[1] = rows[0] if seed % 2 else rows[1]
     order = rng.permutation(len(rows))
     one, other = together(name, rows), together(name, rows[order])
     if name in ("median", "krum:0.2", "krum:0.4"):
