@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -145,6 +146,12 @@ def test_who_comes_first_changes_nothing(seed: int, name: str) -> None:
     if name in ("median", "krum:0.2", "krum:0.4"):
         assert one.tobytes() == other.tobytes()
     np.testing.assert_allclose(one, other, rtol=1e-9)
+
+
+def test_the_two_nearest_of_four_tie_in_krum_and_the_same_one_wins_in_any_order() -> None:
+    rows = clouds(0, n=4)
+    found = {together("krum:0.25", rows[list(order)]).tobytes() for order in permutations(range(4))}
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize("name", ["krum:0.4", "multikrum:0.3", "cclip"])
