@@ -15,7 +15,7 @@ from consilience.core.encode import encoded_size
 from consilience.core.errors import ConfigError
 from consilience.core.events import draw_cohort
 from consilience.core.federation import Split
-from consilience.core.messages import Reply
+from consilience.core.messages import Job, Reply
 from consilience.core.model import SplitModel
 from consilience.core.streams import philox
 from consilience.methods import FedD2S, Local
@@ -158,8 +158,8 @@ def test_a_wrong_message_costs_its_client(spoil: Any) -> None:
     at = worker(method, model=DEEP)
     update, _ = method.client_update(at.program[0], site(at), Down(0, None, 0), None)
     check: Any = at.check
-    assert check.wrong(0, update) is None
-    assert check.wrong(0, Up(spoil(update.rows))) is not None
+    assert check.wrong(Job(0, 0, 1, 0, 0, 0), update) is None
+    assert check.wrong(Job(0, 0, 1, 0, 0, 0), Up(spoil(update.rows))) is not None
 
 
 def test_late_rows_of_another_cut_do_not_train_the_head() -> None:

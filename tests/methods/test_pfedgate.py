@@ -18,7 +18,7 @@ from consilience.core import tree as tr
 from consilience.core.encode import encoded_size
 from consilience.core.errors import ConfigError
 from consilience.core.events import draw_cohort
-from consilience.core.messages import ClientInfo, Device
+from consilience.core.messages import ClientInfo, Device, Job
 from consilience.core.model import Weights
 from consilience.core.streams import philox
 from consilience.methods import FedAvg, PFedGate
@@ -221,8 +221,8 @@ def test_a_wrong_message_costs_its_client(spoil: Any) -> None:
     message = Down(Part(every, made.take(WIDE.initial(0).params, every)), {}, 0.5, False)
     update, _ = method.client_update(at.program[0], site(at), message, None)
     check: Any = at.check
-    assert check.wrong(0, update) is None
-    assert check.wrong(0, update._replace(part=spoil(update.part))) is not None
+    assert check.wrong(Job(0, 0, 1, 0, 0, 0), update) is None
+    assert check.wrong(Job(0, 0, 1, 0, 0, 0), update._replace(part=spoil(update.part))) is not None
 
 
 def test_what_it_refuses() -> None:

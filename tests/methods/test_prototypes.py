@@ -283,8 +283,8 @@ def test_only_classes_that_a_client_has_are_sent() -> None:
 def test_prototypes_that_cannot_be_right_are_refused(change: dict[str, Any], field: str, why: str) -> None:
     at = worker(FedProto())
     right = Prototypes(torch.tensor([0, 2]), torch.zeros(2, 5), torch.tensor([1, 2]))
-    assert at.check.wrong(0, right) is None
-    found = at.check.wrong(0, right._replace(**change))
+    assert at.check.wrong(Job(0, 0, 1, 0, 0, 0), right) is None
+    found = at.check.wrong(Job(0, 0, 1, 0, 0, 0), right._replace(**change))
     assert found is not None
     assert found[0] == field
     assert why in found[1]

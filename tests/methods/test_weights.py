@@ -31,7 +31,7 @@ from scipy.stats import trim_mean
 import consilience
 from consilience.core import tree as tr
 from consilience.core.errors import ConfigError
-from consilience.core.messages import Broadcast, DeltaUpdate, Reply
+from consilience.core.messages import Broadcast, DeltaUpdate, Job, Reply
 from consilience.core.method import Method
 from consilience.core.model import Architecture
 from consilience.core.reduce import weighted_sum
@@ -420,10 +420,10 @@ def test_a_rule_survives_refusals_and_absence() -> None:
 def test_counts_that_cannot_be_are_refused() -> None:
     at = worker(composed(FedDisco(**USUAL)))
     assert at.check is not None
-    wrong = at.check.wrong(0, rules.Counts(torch.tensor([1, -1, 2])))
+    wrong = at.check.wrong(Job(0, 0, 1, 0, 0, 0), rules.Counts(torch.tensor([1, -1, 2])))
     assert wrong is not None
     assert wrong[0] == "counts"
-    assert at.check.wrong(0, rules.Counts(torch.tensor([1, 0, 2]))) is None
+    assert at.check.wrong(Job(0, 0, 1, 0, 0, 0), rules.Counts(torch.tensor([1, 0, 2]))) is None
 
 
 def test_history_of_weights_is_monotone_in_discrepancy() -> None:

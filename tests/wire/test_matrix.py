@@ -39,8 +39,6 @@ PAYLOADS: dict[str, tuple[Callable[[str], Any], dict[str, Any], tuple[str, ...]]
     "controls": (lambda a: Scaffold(aggregator=a), {}, (*ROBUST, "upgrad", "mgda")),
 }
 """A method that sends each kind, the options of its run, and what may combine it."""
-OPEN = pytest.mark.xfail(strict=True, reason="methods whose sends() is None take a message of any other type")
-CASES = [pytest.param(p, marks=[OPEN] if p in ("logits", "sub-models") else []) for p in PAYLOADS]
 
 
 @cache
@@ -131,9 +129,8 @@ def faults(payload: str, client: int) -> dict[str, Any]:
         found["another client's"] = honest(payload)[next(c for c in range(4) if _sizes(c) != _sizes(client))]
     if payload == "prototypes":
         found["classes twice"] = good._replace(classes=good.classes * 0)
-    counts = [k for k in found if k.startswith("counts too large")]
-    for key in counts:  # a count may be large
-        del found[key]
+    for key in ("counts too large", "labels shorter", "labels empty"):  # clients may have many rows and few classes
+        found.pop(key, None)
     return found
 
 
@@ -154,7 +151,7 @@ def round_of(at: Worker, updates: list[Any]) -> tuple[str, list[Any]]:
 
 
 @pytest.mark.parametrize("offender", [0, 2, 3], ids=["first", "middle", "last"])
-@pytest.mark.parametrize("payload", CASES)
+@pytest.mark.parametrize("payload", PAYLOADS)
 def test_a_fault_costs_its_client_and_nobody_else(payload: str, offender: int) -> None:
     """Whatever an aggregator is given is what it is given without the offender, so each is run with one fault that is
     refused late and one that is refused early, and all faults with the mean."""
@@ -176,7 +173,7 @@ def test_there_are_at_least_sixty_faults() -> None:
     assert len({f"{payload} {name}" for payload in PAYLOADS for name in faults(payload, 0)}) >= 60
 
 
-@pytest.mark.parametrize("payload", CASES)
+@pytest.mark.parametrize("payload", PAYLOADS)
 def test_aggregators_never_see_the_offender(payload: str) -> None:
     good = list(honest(payload))
     for aggregator in PAYLOADS[payload][2]:

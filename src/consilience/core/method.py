@@ -12,6 +12,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -239,8 +240,8 @@ class Method(Training):
 
     def means(self, asked: Sequence[Reply]) -> dict[str, Sequence[float]] | None:
         """:meth:`sums` of a method that wants the means with weights :meth:`shares`."""
-        made = self.sends()
-        return None if made is None else dict.fromkeys(kinds(made), self.shares(asked))
+        made = self.sends(self.program()[asked[0].job.phase])
+        return dict.fromkeys(kinds(made), self.shares(asked)) if isinstance(made, type) else None
 
     def combine(self, model: Weights, replies: Sequence[Reply]) -> Weights:
         """The weighted mean of what clients sent, in the method's form."""
@@ -296,10 +297,11 @@ class Method(Training):
         judged before, so what this loses is not lost to it."""
         return update, state
 
-    def sends(self) -> type | None:
-        """The type of the updates, for validation; None leaves it open, as for a method that overrides
-        :meth:`client_update` and does not say here what it sends."""
-        if type(self).client_update is not Method.client_update:
+    def sends(self, phase: Phase) -> type | UnionType | None:
+        """The type of the updates of a phase, for validation (``NoneType`` where clients send nothing); None leaves it
+        open, as for a class that overrides :meth:`client_update` and does not say here what it sends."""
+        above = type(self).__mro__[: type(self).__mro__.index(Method)]
+        if any("client_update" in vars(cls) and "sends" not in vars(cls) for cls in above):
             return None
         return ModelUpdate if self.form == "model" else DeltaUpdate
 

@@ -412,8 +412,8 @@ class Loop:
     def _summed(self, replies: Sequence[Reply]) -> Reply | None:
         """One reply that holds the sums of these, if they were added up where they were made."""
         sums = self.executor.sums([reply.job for reply in replies])
-        made = self.method.sends()
-        if sums is None or made is None:
+        made = self.method.sends(self.program[replies[0].job.phase]) if replies else None
+        if sums is None or not isinstance(made, type):
             return None
         return replies[0]._replace(update=made(**sums), samples=sum(reply.samples for reply in replies))
 

@@ -88,7 +88,7 @@ class Block(NamedTuple):
 class Check(Stage, Protocol):
     """A stage that looks at each update alone."""
 
-    def wrong(self, client: int, update: Tree) -> tuple[str, str] | None:
+    def wrong(self, job: Job, update: Tree) -> tuple[str, str] | None:
         """What is wrong with it as (field, reason), or None if nothing is."""
         ...
 
@@ -152,7 +152,7 @@ class Worker:
         for i, (job, state) in enumerate(zip(jobs, states, strict=True)):
             work, kept = self._train(message, job, state, self._pool, None)
             self.release()
-            if self.check is None or self.check.wrong(job.client, work.update) is not None:
+            if self.check is None or self.check.wrong(job, work.update) is not None:
                 sums = None
             if sums is not None:
                 sums = {f: add_term(s, getattr(work.update, f), weights[f][i]) for f, s in sums.items()}

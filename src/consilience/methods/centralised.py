@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import NoneType
 
 from torch import Tensor
 
@@ -41,6 +42,10 @@ class Centralised(Method):
     def deploy(self, server: ServerState, client: ClientInfo) -> Broadcast:
         """The one model."""
         return Broadcast(server.model)
+
+    def sends(self, phase: Phase) -> type:
+        """Nothing to the server."""
+        return NoneType
 
     def client_update(self, phase: Phase, site: Site, message: Tree, state: Tree) -> tuple[None, Tree]:
         """Nothing: the rows are at the server."""

@@ -46,7 +46,7 @@ class Ditto(Method):
         """Two trainings."""
         return 2 * self.one_fit(rows, steps)
 
-    def sends(self) -> type:
+    def sends(self, phase: Phase) -> type:
         """Models or differences, as FedAvg."""
         return ModelUpdate if self.form == "model" else DeltaUpdate
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Literal, NamedTuple
 
 from consilience.core import tree as tr
@@ -72,6 +73,10 @@ class DPSGD(Method):
     def least_samples(self, phase: Phase, rows: int, steps: int | None) -> int:
         """One training."""
         return self.one_fit(rows, steps) if phase.name == "train" else 0
+
+    def sends(self, phase: Phase) -> type:
+        """Nothing to the server."""
+        return NoneType
 
     def client_update(self, phase: Phase, site: Site, message: Tree, state: Node) -> tuple[Tree, Node]:
         """Train from the own model."""

@@ -121,7 +121,7 @@ class FedASMU(Method):
         """A job in two halves; the second gets a model built when it begins."""
         return (Phase("train"), Phase("rest", over="client"))
 
-    def sends(self) -> type:
+    def sends(self, phase: Phase) -> type:
         """See :class:`Up`."""
         return Up
 

@@ -142,7 +142,7 @@ class FedD2S(Method):
 
         return {"rows": fits}
 
-    def sends(self) -> type:
+    def sends(self, phase: Phase) -> type:
         """Representations."""
         return Up
 

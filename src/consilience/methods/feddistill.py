@@ -76,7 +76,7 @@ class FedDistill(Method):
         own = place.architectures[model]
         return proto.shapes(own.outputs, own.outputs, own.dtype)
 
-    def sends(self) -> type:
+    def sends(self, phase: Phase) -> type:
         """Mean scores."""
         return Prototypes
 

@@ -57,7 +57,7 @@ class FedDyn(Method):
     weights: Literal["uniform"] = option("uniform", "a client's weight (uniform in the paper)")
     form: Literal["delta"] = option("delta", "clients send differences")
 
-    def sends(self) -> type:
+    def sends(self, phase: Phase) -> type:
         """Differences, as FedAvg."""
         return DeltaUpdate
 

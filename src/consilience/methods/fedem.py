@@ -58,7 +58,7 @@ class FedEM(Method):
         """A training of each component that has a share; of one at least."""
         return self.one_fit(rows, steps)
 
-    def sends(self) -> type | None:
+    def sends(self, phase: Phase) -> type | None:
         """All components."""
         return Components
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Annotated
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 
 from consilience.core.federation import Split
 from consilience.core.fit import Batch, Models, Plan
-from consilience.core.messages import Reply
+from consilience.core.messages import DeltaUpdate, ModelUpdate, Reply
 from consilience.core.method import Method, Needs, Phase, ServerState
 from consilience.core.model import Architecture, Weights
 from consilience.core.predict import Net, Predictor
@@ -75,8 +76,11 @@ class FedETF(Method):
         """One training, at least."""
         return self.one_fit(rows, steps)
 
-    def sends(self) -> None:
+    def sends(self, phase: Phase) -> type:
         """What FedAvg's clients send, and nothing after personalising."""
+        if phase.name == "personalise":
+            return NoneType
+        return ModelUpdate if self.form == "model" else DeltaUpdate
 
     def expects(self, place: Place, model: str) -> Mapping[str, Expected]:
         """The model with its simplex."""

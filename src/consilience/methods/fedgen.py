@@ -102,7 +102,7 @@ class FedGen(Method):
         shared: Expected = own.spec if self.share == "model" else head_of(own.spec)
         return {"shared": shared, "counts": Shape(torch.int64, (own.outputs,), low=0)}
 
-    def sends(self) -> type:
+    def sends(self, phase: Phase) -> type:
         """See :class:`Up`."""
         return Up
 

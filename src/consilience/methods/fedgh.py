@@ -58,7 +58,7 @@ class FedGH(LGFedAvg):
         own = place.architectures[model]
         return proto.shapes(own.outputs, own.width or 0, own.dtype)
 
-    def sends(self) -> type:
+    def sends(self, phase: Phase) -> type:
         """Prototypes."""
         return Prototypes
 

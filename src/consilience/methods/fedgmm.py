@@ -118,9 +118,9 @@ class FedGMM(FedEM):
         train = Phase("train")
         return (train,) if self.densities == 1 else (Phase("moments", when="start"), train)
 
-    def sends(self) -> type | None:
+    def sends(self, phase: Phase) -> type:
         """Moments or components, as the phase is."""
-        return None
+        return density.Moments if phase.name == "moments" else Up
 
     def expects(self, place: Place, model: str) -> Mapping[str, Expected]:
         """As many models, weights and Gaussians."""

@@ -101,7 +101,7 @@ class FedImpro(Method):
             "counts": Shape(torch.int64, (own.outputs,), low=0),
         }
 
-    def sends(self) -> type:
+    def sends(self, phase: Phase) -> type:
         """See :class:`Up`."""
         return Up
 

@@ -84,7 +84,7 @@ class FedIns(Method):
         own = _own(place.networks["pool"].spec)
         return {"model": own, "delta": own.params, "buffers": own.buffers}
 
-    def sends(self) -> type:
+    def sends(self, phase: Phase) -> type:
         """Pools or their differences."""
         return ModelUpdate if self.form == "model" else DeltaUpdate
 

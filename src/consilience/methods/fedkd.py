@@ -129,7 +129,7 @@ class FedKD(Method):
         fits: Expected = functools.partial(_fits, like=spec.params)
         return {"packed": fits, "buffers": {} if self.buffers == "local" else spec.buffers}
 
-    def sends(self) -> type:
+    def sends(self, phase: Phase) -> type:
         """See :class:`Up`."""
         return Up
 

@@ -11,7 +11,7 @@ from annotated_types import Ge
 
 from consilience.core import tree as tr
 from consilience.core.fit import Batch, Grad, Plan
-from consilience.core.messages import ClientInfo, DeltaUpdate, Kind, Model, Reply
+from consilience.core.messages import ClientInfo, DeltaUpdate, Kind, Model, ModelUpdate, Reply
 from consilience.core.method import Method, Phase
 from consilience.core.model import Params, Weights
 from consilience.core.reduce import uniform_weights, weighted_sum
@@ -84,8 +84,9 @@ class FedLEx(Method):
         """One training, or the first epoch of an exploration."""
         return rows if phase.name == "explore" else self.one_fit(rows, steps)
 
-    def sends(self) -> None:
+    def sends(self, phase: Phase) -> type:
         """Differences in exploration, then what FedAvg's clients send."""
+        return ModelUpdate if phase.name != "explore" and self.form == "model" else DeltaUpdate
 
     def init_server(self, host: Host) -> Server:
         """No guidance yet."""

@@ -149,7 +149,7 @@ class FedLoGe(Method):
         """One training."""
         return self.one_fit(rows, steps)
 
-    def sends(self) -> type:
+    def sends(self, phase: Phase) -> type:
         """Models or differences, as FedAvg."""
         return ModelUpdate if self.form == "model" else DeltaUpdate
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Annotated, Literal
 
 import torch
@@ -83,6 +84,10 @@ class FedMD(Method):
     def init_client(self, site: Site) -> Tree:
         """The common initial model of its architecture."""
         return site.initial()
+
+    def sends(self, phase: Phase) -> type:
+        """Scores, in their phase."""
+        return Scores if phase.name == "scores" else NoneType
 
     def client_update(self, phase: Phase, site: Site, message: Scores, state: Weights) -> tuple[Tree, Tree]:
         """Score, or digest and revisit."""

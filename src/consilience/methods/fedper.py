@@ -67,7 +67,7 @@ class FedPer(Method):
         buffers = {} if self.buffers == "local" else shared.buffers
         return {"model": shared, "delta": shared.params, "buffers": buffers}
 
-    def sends(self) -> type:
+    def sends(self, phase: Phase) -> type:
         """Models or differences, of the shared part."""
         return ModelUpdate if self.form == "model" else DeltaUpdate
 

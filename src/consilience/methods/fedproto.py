@@ -60,7 +60,7 @@ class FedProto(Method):
         own = place.architectures[model]
         return proto.shapes(own.outputs, own.width or 0, own.dtype)
 
-    def sends(self) -> type:
+    def sends(self, phase: Phase) -> type:
         """Prototypes."""
         return Prototypes
 

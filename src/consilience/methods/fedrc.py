@@ -68,7 +68,7 @@ class FedRC(FedEM):
     source = "Guo et al., ICML"
     year = 2024
 
-    def sends(self) -> type:
+    def sends(self, phase: Phase) -> type:
         """See :class:`Up`."""
         return Up
 

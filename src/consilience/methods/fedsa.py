@@ -104,7 +104,7 @@ class FedSA(Method):
         own = place.architectures[model]
         return proto.shapes(own.outputs, own.width or 0, own.dtype)
 
-    def sends(self) -> type:
+    def sends(self, phase: Phase) -> type:
         """Class means."""
         return Prototypes
 

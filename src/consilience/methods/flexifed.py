@@ -61,7 +61,7 @@ class FlexiFed(Method):
         """One training."""
         return self.one_fit(rows, steps)
 
-    def sends(self) -> type:
+    def sends(self, phase: Phase) -> type:
         """Models, of which there may be only some layers."""
         return ModelUpdate
 

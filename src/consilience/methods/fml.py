@@ -59,7 +59,7 @@ class FML(Method):
         """The server's architecture."""
         return {"model": place.architectures[place.server_model].spec}
 
-    def sends(self) -> type:
+    def sends(self, phase: Phase) -> type:
         """The common model."""
         return ModelUpdate
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
@@ -120,6 +121,11 @@ class GGEUR(Method):
         if phase.name == "shapes":
             return None
         return Axes(server.axes) if phase.name == "augment" else Head(head_of(server.model))
+
+    def sends(self, phase: Phase) -> type:
+        """Gaussians of features; heads."""
+        sent: dict[str, type] = {"shapes": Gaussians, "augment": NoneType, "train": Head}
+        return sent[phase.name]
 
     def client_update(self, phase: Phase, site: Site, message: Tree, state: Rows | None) -> tuple[Tree, Tree]:
         """Tell shapes, draw features, or train the head."""

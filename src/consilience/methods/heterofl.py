@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from types import UnionType
 from typing import Literal, NamedTuple
 
 import torch
@@ -167,6 +168,10 @@ class HeteroFL(Method):
         return {"min_coverage": float(server.covered or 0), "reduction_noise": server.noise}
 
     # --- the client's half -------------------------------------------------------------------------------------
+
+    def sends(self, phase: Phase) -> type | UnionType:
+        """Sub-models; at the end statistics, from clients that were asked for them."""
+        return Up if phase.name == "train" else Up | None
 
     def client_update(self, phase: Phase, site: Site, message: Broadcast, state: Tree) -> tuple[Tree, Tree]:
         """Train the part, or pass the own rows for statistics."""

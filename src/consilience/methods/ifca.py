@@ -73,7 +73,7 @@ class IFCA(Method):
         """One training."""
         return self.one_fit(rows, steps)
 
-    def sends(self) -> type:
+    def sends(self, phase: Phase) -> type:
         """A model or a difference, and whose."""
         return ModelOf if self.form == "model" else DeltaOf
 

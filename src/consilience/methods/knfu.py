@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Annotated, NamedTuple
 
 import torch
@@ -95,6 +96,10 @@ class KnFu(Method):
     def init_client(self, site: Site) -> Tree:
         """The common initial model of its architecture."""
         return site.initial()
+
+    def sends(self, phase: Phase) -> type:
+        """Scores of the model just trained."""
+        return Knowledge if phase.name == "train" else NoneType
 
     def client_update(self, phase: Phase, site: Site, message: Tensor, state: Weights) -> tuple[Tree, Tree]:
         """Train and score, or learn."""

@@ -53,7 +53,7 @@ class LGFedAvg(Method):
         """A head like the client's."""
         return {"head": head_of(place.architectures[model].spec)}
 
-    def sends(self) -> type:
+    def sends(self, phase: Phase) -> type:
         """Heads."""
         return Head
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import NoneType
 
 from consilience.core.fit import Fit
 from consilience.core.messages import ClientInfo, Reply
@@ -45,6 +46,10 @@ class Local(Method):
     def init_client(self, site: Site) -> Weights:
         """The common initial model."""
         return site.initial()
+
+    def sends(self, phase: Phase) -> type:
+        """Nothing to the server."""
+        return NoneType
 
     def client_update(self, phase: Phase, site: Site, message: Tree, state: Weights) -> tuple[Tree, Weights]:
         """Train on."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -134,6 +135,10 @@ class MHD(Method):
     def init_client(self, site: Site) -> Node:
         """The common initial model and heads; nothing heard."""
         return Node(site.initial(), site.initial(_heads(site)), None, {})
+
+    def sends(self, phase: Phase) -> type:
+        """Nothing to the server."""
+        return NoneType
 
     def client_update(self, phase: Phase, site: Site, message: Tree, state: Node) -> tuple[Tree, Node]:
         """Train, then score the public rows of the next round."""

@@ -51,7 +51,7 @@ class Moon(Method):
         fit = self.train(site, message, state)
         return self.pack(message.model, fit.weights), fit.weights
 
-    def sends(self) -> type:
+    def sends(self, phase: Phase) -> type:
         """Models or differences, as FedAvg."""
         return ModelUpdate if self.form == "model" else DeltaUpdate
 

@@ -158,7 +158,7 @@ class PFedGate(Method):
 
         return {"part": fits, "wish": which}
 
-    def sends(self) -> type:
+    def sends(self, phase: Phase) -> type:
         """Blocks."""
         return Up
 

@@ -62,7 +62,7 @@ class PFedMe(Method):
         """Each batch is computed ``inner_steps`` times."""
         return self.inner_steps * self.one_fit(rows, steps)
 
-    def sends(self) -> type:
+    def sends(self, phase: Phase) -> type:
         """Models or differences, as FedAvg."""
         return ModelUpdate if self.form == "model" else DeltaUpdate
 

@@ -97,7 +97,7 @@ class Scaffold(Method):
         """One training."""
         return self.one_fit(rows, steps)
 
-    def sends(self) -> type:
+    def sends(self, phase: Phase) -> type:
         """See :class:`Up`."""
         return Up
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -140,6 +141,10 @@ class SCooL(Method):
         mix = torch.ones(len(start.params), dtype=torch.float64)
         blank = Adam(mix, torch.zeros_like(mix), torch.zeros_like(mix), 0)
         return Node(start, None, phi, 2 * flat / self.blocks, blank, {}, {}, None)
+
+    def sends(self, phase: Phase) -> type:
+        """Nothing to the server."""
+        return NoneType
 
     def client_update(self, phase: Phase, site: Site, message: Tree, state: Node) -> tuple[Tree, Node]:
         """Train."""

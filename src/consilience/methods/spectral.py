@@ -62,7 +62,7 @@ class Spectral(Method):
         """The first training; the other may take no time."""
         return self.one_fit(rows, steps)
 
-    def sends(self) -> type:
+    def sends(self, phase: Phase) -> type:
         """Models or differences, as FedAvg."""
         return ModelUpdate if self.form == "model" else DeltaUpdate
 

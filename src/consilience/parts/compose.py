@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from types import UnionType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -149,8 +150,9 @@ class Asked(Weighed):
         own = () if self._asking is None else (self._asking,)
         return own + super().program() if self.rule().before else super().program() + own
 
-    def sends(self) -> None:
-        """Phases send different things."""
+    def sends(self, phase: Phase) -> type | UnionType | None:
+        """The method's, or the rule's answer."""
+        return self.rule().answers if phase == self._asking else super().sends(phase)
 
     def least_samples(self, phase: Phase, rows: int, steps: int | None) -> int:
         """The method's; none for an answer."""
@@ -216,8 +218,9 @@ class Chosen(Method):
         """The question, and the method's phases."""
         return (SELECT, *super().program())
 
-    def sends(self) -> None:
-        """Phases send different things."""
+    def sends(self, phase: Phase) -> type | UnionType | None:
+        """The method's, or an answer."""
+        return selection.Difficulty if phase == SELECT else super().sends(phase)
 
     def least_samples(self, phase: Phase, rows: int, steps: int | None) -> int:
         """The method's; none for an answer."""
@@ -293,9 +296,9 @@ class Calibrated(Method):
         """The method's phases, and the last one."""
         return super().program() + (() if self.stage() is None else (CALIBRATE,))
 
-    def sends(self) -> type | None:
-        """Phases send different things."""
-        return super().sends() if self.stage() is None else None
+    def sends(self, phase: Phase) -> type | UnionType | None:
+        """The method's, or statistics of features."""
+        return calibration.Gaussians if phase == CALIBRATE else super().sends(phase)
 
     def least_samples(self, phase: Phase, rows: int, steps: int | None) -> int:
         """The method's; none in the last phase."""
@@ -386,8 +389,9 @@ def _compresses(method: Method) -> bool:
         return False
     if any(phase.over == "neighbours" for phase in method.program()):
         raise ConfigError(f"{method.name} has no server; compress and compress-down are for messages from and to one")
-    sent = method.sends()
-    if up is not None and sent is not None and not {*kinds(sent).values()} & {Kind.MODEL, Kind.DELTA, Kind.CONTROL}:
+    sent = [method.sends(phase) for phase in method.program()]
+    fields = {kind for made in sent if isinstance(made, type) for kind in kinds(made).values()}
+    if up is not None and None not in sent and not fields & {Kind.MODEL, Kind.DELTA, Kind.CONTROL}:
         raise ConfigError(f"{method.name} sends neither differences nor controls; use compress=identity")
     if down is not None and down.rule != "plain":
         raise ConfigError("compress-down feeds its errors back in its own way; give a compressor alone, as topk:0.01")

@@ -88,7 +88,7 @@ class Divided(Method):
         """One training."""
         return self.one_fit(rows, steps)
 
-    def sends(self) -> type:
+    def sends(self, phase: Phase) -> type:
         """See :class:`Up`."""
         return Up
 

@@ -46,6 +46,9 @@ class Rule:
     steps: ClassVar[bool] = False
     """Whether weights need not sum to 1, so that clients must send differences."""
 
+    answers: ClassVar[type | None] = None
+    """What a client sends in the rule's phase."""
+
     @property
     def phase(self) -> Phase | None:
         """A phase in which clients are asked."""
@@ -92,6 +95,7 @@ class Disco(Rule):
     are from ``target``, over the cohort's sum."""
 
     before = True
+    answers = Counts
 
     a: float = 0.5
     b: float = 0.1
@@ -268,6 +272,7 @@ class Contribution(Rule):
     without them does badly."""
 
     remembers = True
+    answers = Failure
 
     combine: Literal["plus", "times"] = "plus"
 

@@ -117,8 +117,8 @@ class Privacy:
         assert noise is not None
         from consilience.privacy.central import Central
 
-        made = method.sends()
-        assert made is not None
+        made = method.sends(method.program()[0])
+        assert isinstance(made, type)
         return Central(
             made, mechanism, clip, noise, self.delta, suits.weights(method, mechanism.cohort),
             suits.template(method, place), Ledger(None if folder is None else folder / LEDGER), f"seed {place.seed}",
@@ -160,7 +160,7 @@ def fitting(differences: bool) -> str:
             made = suits.uniform(cls.make({})) if differences else cls.make({})
         except (NeedsError, ConfigError):
             continue
-        known = len(made.program()) == 1 and sums_suffice(made) and made.sends() is not None
+        known = len(made.program()) == 1 and sums_suffice(made) and isinstance(made.sends(made.program()[0]), type)
         if known and not (differences and suits.no_difference(made)):
             found.append(name)
     return f"methods that fit: {', '.join(found)}"

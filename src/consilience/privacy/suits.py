@@ -32,10 +32,10 @@ def uniform(method: Method) -> Method:
 def why_not(method: Method, place: Place) -> str | None:
     """Why a method, as it is, cannot run on sums of updates alone; None if it can."""
     program = method.program()
-    made = method.sends()
+    made = method.sends(method.program()[0])
     if len(program) != 1 or program[0].over != "cohort" or program[0].when != "round":
         return "has more phases than one round trip"
-    if made is None or not sums_suffice(method):
+    if not isinstance(made, type) or not sums_suffice(method):
         return "needs every client's update, not only their sum"
     if type(method).select is not Method.select:
         return "chooses the clients itself"
@@ -48,8 +48,8 @@ def why_not(method: Method, place: Place) -> str | None:
 
 def no_difference(method: Method) -> str | None:
     """A field of the updates that is no difference, so that its length means nothing; None if all are."""
-    made = method.sends()
-    assert made is not None
+    made = method.sends(method.program()[0])
+    assert isinstance(made, type)
     return next((f for f, kind in kinds(made).items() if kind in (Kind.MODEL, Kind.STAT)), None)
 
 
@@ -74,8 +74,8 @@ def weights(method: Method, cohort: int) -> dict[str, float]:
 
 def template(method: Method, place: Place) -> dict[str, Tree]:
     """Zeros like each field of an update. Raises NeedsError where its shape is not known beforehand."""
-    made = method.sends()
-    assert made is not None
+    made = method.sends(method.program()[0])
+    assert isinstance(made, type)
     name = place.model_of(0)
     spec = place.architectures[name].spec
     buffers = {} if method.buffers == "local" else spec.buffers

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from consilience.core import tree as tr
-from consilience.core.messages import Kind, Refusal, Reply, kinds
+from consilience.core.messages import Job, Kind, Refusal, Reply, kinds
 from consilience.core.model import Weights
 from consilience.core.shapes import misfit
 from consilience.core.site import Place
@@ -22,7 +22,7 @@ class Validation:
     that hold a number that is not finite; says which client, field and why."""
 
     def __init__(self, place: Place) -> None:
-        self._place = place
+        self._place, self._program = place, place.method.program()
         self._known: dict[str, Mapping[Any, Any]] = {}
 
     def __call__(self, replies: Sequence[Reply], server: Tree) -> tuple[list[Reply], list[Refusal]]:
@@ -30,20 +30,20 @@ class Validation:
         good: list[Reply] = []
         bad: list[Refusal] = []
         for reply in replies:
-            wrong = self.wrong(reply.job.client, reply.update)
+            wrong = self.wrong(reply.job, reply.update)
             if wrong is None:
                 good.append(reply)
             else:
                 bad.append(Refusal(reply.job.client, *wrong))
         return good, bad
 
-    def wrong(self, client: int, update: Tree) -> tuple[str, str] | None:
-        """The first thing that is wrong with a client's update, as (field, reason)."""
-        wanted = self._place.method.sends()
-        if wanted is not None and type(update) is not wanted:
-            return "update", f"is {type(update).__name__}, not {wanted.__name__}"
+    def wrong(self, job: Job, update: Tree) -> tuple[str, str] | None:
+        """The first thing that is wrong with what a client sent for a job, as (field, reason)."""
+        wanted = self._place.method.sends(self._program[job.phase])
+        if wanted is not None and not isinstance(update, wanted):
+            return "update", f"is {type(update).__name__}, not {getattr(wanted, '__name__', wanted)}"
         if tr.is_record(update):
-            expected = self._expected(client)
+            expected = self._expected(job.client)
             lengths: dict[str, int] = {}
             for name, kind in kinds(type(update)).items():
                 if name in expected or kind in expected:
