@@ -18,6 +18,7 @@ from consilience.core import tree as tr
 from consilience.core.encode import encoded_size
 from consilience.core.errors import ConfigError
 from consilience.core.events import draw_cohort
+from consilience.core.fit import Plan
 from consilience.core.messages import ClientInfo, Device
 from consilience.core.model import Weights
 from consilience.core.streams import philox
@@ -117,6 +118,24 @@ def test_blocks_that_nobody_chose_stay_as_they_are(form: Any, gate_lr: float) ->
         assert torch.equal(p[mask[name] == 0], server.model.params[name][mask[name] == 0])
     moved = torch.cat([(p != server.model.params[n])[mask[n] == 1] for n, p in found.items()])
     assert moved.float().mean() > 0.4
+
+
+@pytest.mark.parametrize("gate_lr", [0.0, 0.1])
+def test_what_is_outside_the_blocks_counts_as_zero(gate_lr: float) -> None:
+    """A client that got everything, and one that got no more than the blocks that it chooses, send the same."""
+    method = PFedGate(budget=0.5, gate_lr=gate_lr, **USUAL)
+    at = worker(method, model=WIDE)
+    made, x, every = blocks(WIDE, 5), WIDE.initial(0).params, torch.ones(17, dtype=torch.bool)
+    whole = Down(Part(every, made.take(x, every)), {}, 0.5, False)
+    first, gate = method.client_update(at.program[0], site(at), whole, None)
+    part = Down(Part(first.part.chosen, made.take(x, first.part.chosen)), {}, 0.5, True)
+    again, same = method.client_update(at.program[0], site(at), part, None)
+    assert tr.digest(first, gate) == tr.digest(again, same)
+    mask = made.spread(first.part.chosen.float())
+    start = Weights({n: p * mask[n] for n, p in x.items()}, {})
+    inside = method._trained(site(at), start, site(at).initial("gate"), first.part.chosen, 0.5, Plan())[0].params
+    assert all(not p[mask[n] == 0].any() for n, p in inside.items())
+    assert torch.equal(made.take(inside, first.part.chosen), first.part.values)
 
 
 def test_a_round_costs_what_is_sent() -> None:
