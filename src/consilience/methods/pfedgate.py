@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from consilience.core import tree as tr
 from consilience.core.errors import ConfigError
-from consilience.core.fit import Batch, Grad, Models, Plan, n_steps
+from consilience.core.fit import Batch, Grad, Models, Plan, Step, n_steps
 from consilience.core.messages import Buffers, ClientInfo, DeltaUpdate, Device, ModelUpdate, Reply, Stat
 from consilience.core.method import Method, Needs, Phase
 from consilience.core.model import Architecture, Params, Weights
@@ -216,6 +216,8 @@ class PFedGate(Method):
         start = self._received(site, message)
         gate = site.initial("gate") if state is None else state
         chosen = self._chosen(site, message, gate)
+        mask = made.spread(chosen.to(site.architecture().dtype))
+        start = start._replace(params={name: p * mask[name] for name, p in start.params.items()})
         trained, gate = self._trained(site, start, gate, chosen, message.budget, Plan())
         params = trained.params if self.form == "model" else tr.sub(trained.params, start.params)
         wish = made.choose(self.scores(site, gate, message.budget), message.budget)
@@ -250,7 +252,7 @@ class PFedGate(Method):
         made, dtype = self._blocks(site.place), site.architecture().dtype
         if not self.gate_lr:
             if not chosen.all():
-                plan.step = _masked({"": made.spread(chosen.to(dtype))}, 1.0)
+                plan.step = _masked(made.spread(chosen.to(dtype)))
             return site.fit(start, plan).weights, gate
         mask, least = chosen.to(dtype), self._least(budget)
 
@@ -260,7 +262,12 @@ class PFedGate(Method):
             params = {name: p * scale[name] for name, p in models["model"].named_parameters()}
             return site.task.loss(functional_call(models["model"], params, (batch.x,)), batch.y)
 
-        plan.loss, plan.step = loss, _masked({"model/": made.spread(mask)}, self.gate_lr / self.lr)
+        ratio = self.gate_lr / self.lr
+
+        def step(params: Params, grad: Grad, batch: Batch, carry: Tree) -> tuple[Params, Tree]:
+            return {n: g * ratio if n.startswith("gate/") else g for n, g in grad().items()}, carry
+
+        plan.loss, plan.step = loss, step
         plan.model = {"model": "", "gate": "gate"}
         weights = site.fit({"model": start, "gate": gate}, plan).weights
         return weights["model"], weights["gate"]
@@ -291,13 +298,10 @@ class PFedGate(Method):
         return self._gated(site, Weights(params, update.buffers), state, part.chosen, message.budget)
 
 
-def _masked(masks: Mapping[str, Params], ratio: float) -> Any:
-    """A step that moves only what the masks of a model (by the beginning of its parameters' names) let move, and other
-    parameters ``ratio`` as far."""
-    ((prefix, mask),) = masks.items()
-    known = {f"{prefix}{name}": m for name, m in mask.items()}
+def _masked(mask: Params) -> Step:
+    """A step that leaves what the mask leaves out where it is."""
 
     def step(params: Params, grad: Grad, batch: Batch, carry: Tree) -> tuple[Params, Tree]:
-        return {n: g * known[n] if n in known else g * ratio for n, g in grad().items()}, carry
+        return {n: g * mask[n] for n, g in grad().items()}, carry
 
     return step
