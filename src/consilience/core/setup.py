@@ -48,7 +48,7 @@ class Setup:
     measures: Measures
     recorder: Recorder
     stages: Sequence[Stage] = ()
-    release: Release | None = None
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoint_every: int = 10
     elapsed: float = 0.0
+    release: Release | None = None
