@@ -18,7 +18,7 @@ import consilience
 from consilience.core import tree as tr
 from consilience.core.encode import encoded_size
 from consilience.core.errors import ConfigError, NeedsError
-from consilience.core.messages import Broadcast
+from consilience.core.messages import Broadcast, Job
 from consilience.core.method import Method
 from consilience.core.model import Architecture, SplitModel, Weights
 from consilience.core.predict import Net
@@ -343,7 +343,7 @@ def test_statistics_that_cannot_be_are_refused() -> None:
     good = gaussians(torch.randn(6, FEATURES), torch.tensor([0, 0, 0, 2, 2, 2]))
     check = at.check
     assert check is not None
-    assert check.wrong(0, good) is None
+    assert check.wrong(Job(0, 0, 1, 0, 0, 1), good) is None
     wrong = {
         "feature_classes": torch.tensor([0, 3]),
         "feature_counts": torch.tensor([3, 0]),
@@ -351,7 +351,7 @@ def test_statistics_that_cannot_be_are_refused() -> None:
         "feature_covariances": good.feature_covariances[:, 1:],
     }
     for field, value in wrong.items():
-        found = check.wrong(0, good._replace(**{field: value}))
+        found = check.wrong(Job(0, 0, 1, 0, 0, 1), good._replace(**{field: value}))
         assert found is not None
         assert found[0] == field
 
