@@ -273,6 +273,7 @@ def attacker(tmp_path: Path) -> Path:
         "from consilience.deploy.apps import GridWire\nfrom consilience.deploy.seal import Sealed\n\n"
         "app = ServerApp()\n\n\n@app.main()\ndef main(grid, context):\n"
         "    folder = Path(context.run_config['folder'])\n    wire, found = GridWire(grid), []\n"
+        "    while len(wire.nodes()) < 2:\n        time.sleep(0.2)\n"
         "    for path in sorted(folder.glob('*.captured')):\n"
         "        message = Sealed(*pickle.loads(path.read_bytes()))\n"
         "        for node in wire.nodes():\n"
