@@ -292,6 +292,11 @@ class Method(Training):
             return ModelUpdate(end)
         return DeltaUpdate(tr.sub(end.params, start.params), end.buffers)
 
+    @property
+    def packs(self) -> type:
+        """The type of what :meth:`pack` makes."""
+        return ModelUpdate if self.form == "model" else DeltaUpdate
+
     def outgoing(self, phase: Phase, site: Site, update: Tree, state: Tree) -> tuple[Tree, Tree]:
         """An update as it travels, and the client's state after that: here as they are. The client's trained model is
         judged before, so what this loses is not lost to it."""
@@ -303,7 +308,7 @@ class Method(Training):
         above = type(self).__mro__[: type(self).__mro__.index(Method)]
         if any("client_update" in vars(cls) and "sends" not in vars(cls) for cls in above):
             return None
-        return ModelUpdate if self.form == "model" else DeltaUpdate
+        return self.packs
 
     def expects(self, place: Place, model: str) -> Mapping[str, Expected]:
         """What fields of an update from a client with this model must look like, for validation; a field that is not

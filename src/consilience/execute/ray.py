@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consilience.core.encode import ALIGNMENT, Encoder, decode
+from consilience.core.encode import ALIGNMENT, Encoder, decode, memory
 from consilience.core.errors import ConfigError, WorkerError
 from consilience.core.tree import Tree
 from consilience.core.worker import Call, Worker
@@ -162,9 +162,11 @@ def unpack(packed: tuple[bytes, Sequence[Any]]) -> Any:
 
 def _array(encoder: Encoder) -> Any:
     """An encoded tree as Ray takes it without a copy."""
-    data: Any = torch.empty(encoder.size, dtype=torch.uint8).numpy()
-    encoder.into(memoryview(data))
-    return data
+    import numpy as np
+
+    data = memory(encoder.size)
+    encoder.into(data)
+    return np.asarray(data)
 
 
 # --- in the actor ----------------------------------------------------------------------------------------------

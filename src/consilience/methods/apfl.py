@@ -12,7 +12,7 @@ from torch import Tensor
 from consilience.core import tree as tr
 from consilience.core.errors import ConfigError
 from consilience.core.fit import Batch, Grad, Models
-from consilience.core.messages import Broadcast, DeltaUpdate, ModelUpdate
+from consilience.core.messages import Broadcast
 from consilience.core.method import Method, Needs, Phase
 from consilience.core.model import Params, Weights
 from consilience.core.predict import Net, Predictor
@@ -76,7 +76,7 @@ class APFL(Method):
 
     def sends(self, phase: Phase) -> type:
         """Models or differences, as FedAvg."""
-        return ModelUpdate if self.form == "model" else DeltaUpdate
+        return self.packs
 
     def client_update(self, phase: Phase, site: Site, message: Broadcast, state: Own | None) -> tuple[Tree, Own]:
         """Train both; send the copy of the global model."""

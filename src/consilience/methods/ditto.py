@@ -8,7 +8,7 @@ from typing import Annotated
 from annotated_types import Ge
 
 from consilience.core.fit import Batch, Grad, Plan
-from consilience.core.messages import Broadcast, DeltaUpdate, ModelUpdate
+from consilience.core.messages import Broadcast
 from consilience.core.method import Method, Phase
 from consilience.core.model import Params, Weights
 from consilience.core.predict import Net, Predictor
@@ -48,7 +48,7 @@ class Ditto(Method):
 
     def sends(self, phase: Phase) -> type:
         """Models or differences, as FedAvg."""
-        return ModelUpdate if self.form == "model" else DeltaUpdate
+        return self.packs
 
     def client_update(
         self, phase: Phase, site: Site, message: Broadcast, state: Weights | None

@@ -16,7 +16,6 @@ from torch.nn import functional as F
 
 from consilience.core.federation import Split
 from consilience.core.fit import Batch, Models, Plan, shuffled
-from consilience.core.messages import DeltaUpdate, ModelUpdate
 from consilience.core.method import Method, Needs, Phase
 from consilience.core.model import Architecture, Weights
 from consilience.core.site import Site
@@ -96,7 +95,7 @@ class FedCOG(Method):
 
     def sends(self, phase: Phase) -> type:
         """Models or differences, as FedAvg."""
-        return ModelUpdate if self.form == "model" else DeltaUpdate
+        return self.packs
 
     def plan(self, site: Site, message: Tree, state: Weights | None) -> Plan:
         """Cross-entropy and what the global model says of generated inputs."""

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from consilience.core.federation import Split
 from consilience.core.fit import Batch, Models, Plan
-from consilience.core.messages import DeltaUpdate, ModelUpdate, Reply
+from consilience.core.messages import Reply
 from consilience.core.method import Method, Needs, Phase, ServerState
 from consilience.core.model import Architecture, Weights
 from consilience.core.predict import Net, Predictor
@@ -80,7 +80,7 @@ class FedETF(Method):
         """What FedAvg's clients send, and nothing after personalising."""
         if phase.name == "personalise":
             return NoneType
-        return ModelUpdate if self.form == "model" else DeltaUpdate
+        return self.packs
 
     def expects(self, place: Place, model: str) -> Mapping[str, Expected]:
         """The model with its simplex."""

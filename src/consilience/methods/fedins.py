@@ -11,7 +11,7 @@ from torch import Tensor
 
 from consilience.core.errors import ConfigError
 from consilience.core.fit import Batch, Models, Plan
-from consilience.core.messages import Broadcast, DeltaUpdate, ModelUpdate
+from consilience.core.messages import Broadcast
 from consilience.core.method import Method, Needs, Phase
 from consilience.core.model import Architecture, Weights
 from consilience.core.predict import Net, Predictor
@@ -86,7 +86,7 @@ class FedIns(Method):
 
     def sends(self, phase: Phase) -> type:
         """Pools or their differences."""
-        return ModelUpdate if self.form == "model" else DeltaUpdate
+        return self.packs
 
     def init_server(self, host: Host) -> Server:
         """A fresh pool."""

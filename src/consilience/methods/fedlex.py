@@ -11,7 +11,7 @@ from annotated_types import Ge
 
 from consilience.core import tree as tr
 from consilience.core.fit import Batch, Grad, Plan
-from consilience.core.messages import ClientInfo, DeltaUpdate, Kind, Model, ModelUpdate, Reply
+from consilience.core.messages import ClientInfo, DeltaUpdate, Kind, Model, Reply
 from consilience.core.method import Method, Phase
 from consilience.core.model import Params, Weights
 from consilience.core.reduce import uniform_weights, weighted_sum
@@ -86,7 +86,7 @@ class FedLEx(Method):
 
     def sends(self, phase: Phase) -> type:
         """Differences in exploration, then what FedAvg's clients send."""
-        return ModelUpdate if phase.name != "explore" and self.form == "model" else DeltaUpdate
+        return DeltaUpdate if phase.name == "explore" else self.packs
 
     def init_server(self, host: Host) -> Server:
         """No guidance yet."""

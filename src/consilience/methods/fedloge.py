@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from consilience.core.errors import NeedsError
 from consilience.core.federation import Split
 from consilience.core.fit import Batch, Grad, Models
-from consilience.core.messages import ClientInfo, DeltaUpdate, Model, ModelUpdate, Stat
+from consilience.core.messages import ClientInfo, Model, Stat
 from consilience.core.method import Method, Needs, Phase
 from consilience.core.model import Architecture, Params, Weights
 from consilience.core.predict import Binder, Net, Predictor, Scorer
@@ -151,7 +151,7 @@ class FedLoGe(Method):
 
     def sends(self, phase: Phase) -> type:
         """Models or differences, as FedAvg."""
-        return ModelUpdate if self.form == "model" else DeltaUpdate
+        return self.packs
 
     def init_server(self, host: Host) -> Server:
         """The first model, and V."""

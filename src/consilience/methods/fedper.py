@@ -10,7 +10,7 @@ from typing import Annotated
 from annotated_types import Ge, Gt
 
 from consilience.core.fit import Batch, Grad, Plan, n_steps
-from consilience.core.messages import Broadcast, DeltaUpdate, ModelUpdate
+from consilience.core.messages import Broadcast
 from consilience.core.method import Method, Phase, ServerState
 from consilience.core.model import Architecture, Params, Weights
 from consilience.core.predict import Net, Predictor
@@ -69,7 +69,7 @@ class FedPer(Method):
 
     def sends(self, phase: Phase) -> type:
         """Models or differences, of the shared part."""
-        return ModelUpdate if self.form == "model" else DeltaUpdate
+        return self.packs
 
     def _names(self, place: Place) -> Names:
         return divided(place.architectures[place.server_model], self.personal)

@@ -10,7 +10,6 @@ from annotated_types import Ge, Gt
 from torch import Tensor
 
 from consilience.core.fit import Batch, Models, Plan
-from consilience.core.messages import DeltaUpdate, ModelUpdate
 from consilience.core.method import Method, Needs, Phase
 from consilience.core.model import Weights
 from consilience.core.site import Site
@@ -53,7 +52,7 @@ class Moon(Method):
 
     def sends(self, phase: Phase) -> type:
         """Models or differences, as FedAvg."""
-        return ModelUpdate if self.form == "model" else DeltaUpdate
+        return self.packs
 
     def plan(self, site: Site, message: Tree, state: Weights | None) -> Plan:
         """Cross-entropy plus contrast."""

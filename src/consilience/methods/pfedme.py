@@ -11,7 +11,7 @@ from annotated_types import Ge, Gt
 
 from consilience.core import tree as tr
 from consilience.core.fit import Batch, Grad
-from consilience.core.messages import Broadcast, DeltaUpdate, ModelUpdate, Reply
+from consilience.core.messages import Broadcast, Reply
 from consilience.core.method import Method, Phase
 from consilience.core.model import Params, Weights
 from consilience.core.predict import Net, Predictor
@@ -64,7 +64,7 @@ class PFedMe(Method):
 
     def sends(self, phase: Phase) -> type:
         """Models or differences, as FedAvg."""
-        return ModelUpdate if self.form == "model" else DeltaUpdate
+        return self.packs
 
     def client_update(self, phase: Phase, site: Site, message: Broadcast, state: Tree) -> tuple[Tree, Weights]:
         """Train w along its envelope; keep theta."""

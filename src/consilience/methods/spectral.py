@@ -10,7 +10,7 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
 from consilience.core.fit import Batch, Grad, Plan
-from consilience.core.messages import Broadcast, DeltaUpdate, ModelUpdate
+from consilience.core.messages import Broadcast
 from consilience.core.method import Method, Phase
 from consilience.core.model import Params, Weights
 from consilience.core.predict import Net, Predictor
@@ -64,7 +64,7 @@ class Spectral(Method):
 
     def sends(self, phase: Phase) -> type:
         """Models or differences, as FedAvg."""
-        return ModelUpdate if self.form == "model" else DeltaUpdate
+        return self.packs
 
     def client_update(
         self, phase: Phase, site: Site, message: Broadcast, state: Weights | None

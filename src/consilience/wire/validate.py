@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ class Validation:
     def wrong(self, job: Job, update: Tree) -> tuple[str, str] | None:
         """The first thing that is wrong with what a client sent for a job, as (field, reason)."""
         wanted = self._place.method.sends(self._program[job.phase])
-        if wanted is not None and not isinstance(update, wanted):
+        if wanted is not None and type(update) not in (get_args(wanted) or (wanted,)):
             return "update", f"is {type(update).__name__}, not {getattr(wanted, '__name__', wanted)}"
         if tr.is_record(update):
             expected = self._expected(job.client)
