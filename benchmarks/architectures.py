@@ -12,27 +12,23 @@ batches of 32, lr 0.05, each method's own defaults) and nothing was tuned; a cla
 
 from __future__ import annotations
 
-import argparse
-import fcntl
-import json
 import statistics
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from kept import Kept
 
 import consilience
 from consilience.architectures import assign
 from consilience.config import parse_method
-from consilience.core.checkpoint import write_atomically
 from consilience.core.training import option
 from consilience.data import from_arrays, load
 from consilience.methods import FedAvg, get
 
-RESULTS = Path(__file__).parent / "results" / "architectures.json"
+KEPT = Kept("architectures")
 CLIENTS, ROWS, SEEDS = 20, 500, (0, 1, 2)
 PUBLIC = "public_rows=200"
 SKEWS = {"dirichlet": "dirichlet:0.1:equal", "classes": "shards:2"}
@@ -101,19 +97,6 @@ def go(suite: str, text: str, fed: Any, seed: int) -> dict[str, Any]:
     }
 
 
-def stored() -> dict[str, Any]:
-    """The results until now."""
-    found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    return found
-
-
-def keep(key: str, value: Any) -> None:
-    """Add a result, whatever another process has added meanwhile."""
-    with (RESULTS.parent / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        write_atomically(RESULTS, json.dumps(dict(sorted({**stored(), key: value}.items())), indent=1) + "\n")
-
-
 def work(part: int, parts: int) -> None:
     """Do what is missing, keeping each result at once; seed by seed, so that there is something whole early."""
     todo = [
@@ -125,9 +108,9 @@ def work(part: int, parts: int) -> None:
     ]
     for suite, skew, seed, method in todo[part::parts]:
         key = f"{suite}/{skew}/{method}/{seed}"
-        if key not in stored():
-            keep(key, go(suite, method, federation(skew, seed), seed))
-            print(key, stored()[key]["clients"], file=sys.stderr)
+        if key not in KEPT.stored():
+            KEPT.keep(key, go(suite, method, federation(skew, seed), seed))
+            print(key, KEPT.stored()[key]["clients"], file=sys.stderr)
 
 
 def numbers(found: Mapping[str, Any], suite: str, skew: str, method: str, of: Callable[[Any], Any]) -> list[float]:
@@ -175,17 +158,5 @@ def tables(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """The command line of this file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", action="store_true", help="print the results")
-    parser.add_argument("--part", default="0/1", help="K/N: the K-th of N parts of the runs")
-    given = parser.parse_args()
-    if not given.table:
-        part, _, parts = given.part.partition("/")
-        work(int(part), int(parts))
-    print(tables(stored()))
-
-
 if __name__ == "__main__":
-    main()
+    KEPT.command(__doc__, work, tables)

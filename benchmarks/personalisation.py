@@ -14,27 +14,23 @@ another seed (means of updates below 0.1, single ones above 0.3), where the defa
 
 from __future__ import annotations
 
-import argparse
 import datetime as dt
-import fcntl
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from kept import Kept
 
 import consilience
 from consilience.config import parse_method
-from consilience.core.checkpoint import write_atomically
 from consilience.data import from_arrays, load
 from consilience.methods import get
 
-RESULTS = Path(__file__).parent / "results" / "personalisation.json"
+KEPT = Kept("personalisation")
 CLIENTS, ROWS, ROUNDS, SEEDS = 30, 250, 40, (0, 1, 2)
 SETTINGS = {
     "concept": ("permute:4", "labels permuted in 4 groups"),
@@ -86,19 +82,6 @@ def go(text: str, fed: Any, seed: int) -> dict[str, Any]:
     }
 
 
-def stored() -> dict[str, Any]:
-    """The results until now."""
-    found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    return found
-
-
-def keep(key: str, value: Any) -> None:
-    """Add a result, whatever another process has added meanwhile."""
-    with (RESULTS.parent / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        write_atomically(RESULTS, json.dumps(dict(sorted({**stored(), key: value}.items())), indent=1) + "\n")
-
-
 def work(part: int, parts: int) -> None:
     """Do what is missing, keeping each result at once: one seed of everything first, then what the claims are about."""
     todo = [
@@ -110,9 +93,9 @@ def work(part: int, parts: int) -> None:
     ]
     for setting, seed, method in todo[part::parts]:
         key = f"{setting}/{method}/{seed}"
-        if key not in stored():
-            keep(key, go(method, federation(setting, seed), seed))
-            print(key, stored()[key]["seen"], stored()[key]["seconds"], file=sys.stderr)
+        if key not in KEPT.stored():
+            KEPT.keep(key, go(method, federation(setting, seed), seed))
+            print(key, KEPT.stored()[key]["seen"], KEPT.stored()[key]["seconds"], file=sys.stderr)
 
 
 def numbers(found: Mapping[str, Any], setting: str, method: str, of: Callable[[Any], Any]) -> list[float]:
@@ -177,17 +160,5 @@ def tables(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """The command line of this file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", action="store_true", help="print the results")
-    parser.add_argument("--part", default="0/1", help="K/N: the K-th of N parts of the runs")
-    given = parser.parse_args()
-    if not given.table:
-        part, _, parts = given.part.partition("/")
-        work(int(part), int(parts))
-    print(tables(stored()))
-
-
 if __name__ == "__main__":
-    main()
+    KEPT.command(__doc__, work, tables)

@@ -65,8 +65,12 @@ def measured(name: str) -> str:
     assert spec_.loader is not None
     module = importlib.util.module_from_spec(spec_)
     sys.modules[name] = module  # where its dataclasses look for themselves
-    spec_.loader.exec_module(module)
-    return f"{module.tables(module.stored()).strip()}\n"
+    sys.path.insert(0, str(MEASURED.parent))  # as for a script
+    try:
+        spec_.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
+    return f"{module.tables(module.KEPT.stored()).strip()}\n"
 
 
 def reproduction() -> str:
