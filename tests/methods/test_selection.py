@@ -75,9 +75,9 @@ def test_those_with_the_least_losses_train() -> None:
             data = fed.data(client).train
             scores = data.x @ start.params["head.weight"].T + start.params["head.bias"]
             found.append(float(F.cross_entropy(scores, data.y)))
-        assert memory.snapshots[version + 1].server.chosen == sorted(np.argsort(found)[:2].tolist())
+        assert memory.snapshots[version + 1].server.memory["chosen"] == sorted(np.argsort(found)[:2].tolist())
     spent = memory.snapshots[3].totals.samples
-    assert spent == sum(SIZES[c] for v in (1, 2, 3) for c in memory.snapshots[v].server.chosen)
+    assert spent == sum(SIZES[c] for v in (1, 2, 3) for c in memory.snapshots[v].server.memory["chosen"])
 
 
 def test_with_rules_heads_and_local_buffers_on_any_executor() -> None:
