@@ -37,6 +37,7 @@ from consilience.core.model import Architecture
 from consilience.core.reduce import weighted_sum
 from consilience.core.snapshot import Snapshot
 from consilience.methods import (
+    FML,
     IDA,
     FedAdam,
     FedAU,
@@ -235,9 +236,21 @@ def test_methods_that_combine_in_their_own_way_are_told_so() -> None:
     for method in (FedDyn(aggregator="median"), FedBuff(aggregator="rfa"), FedNova(aggregator="median")):
         with pytest.raises(ConfigError, match="combines in its own way"):
             composed(method)
-    with pytest.raises(ConfigError, match="form=delta"):
-        composed(FedAvg(aggregator="upgrad"))
     assert type(composed(FedAvg())) is FedAvg
+
+
+def test_what_works_on_differences_gets_them() -> None:
+    for own in ({"aggregator": "upgrad"}, {"aggregator": "mgda"}, {"weights": "fedau"}):
+        assert composed(FedAvg(**own)).form == "delta"
+    with pytest.raises(ConfigError, match="fml sends whole models, and aggregator=mgda works on differences"):
+        composed(FML(aggregator="mgda"))
+
+
+@pytest.mark.parametrize(
+    ("short", "long"), [("bucketing+cclip", "bucketing:2+cclip"), ("nnm+krum", "nnm:0.2+krum:0.2")]
+)
+def test_what_goes_in_front_needs_no_number(short: str, long: str) -> None:
+    assert aggregators.parse(short) == aggregators.parse(long)
 
 
 # --- rules -----------------------------------------------------------------------------------------------------
@@ -272,8 +285,7 @@ def test_ida_and_fedau_by_rule() -> None:
     assert digest(run(FedAvg(weights="ida", **USUAL))) == digest(run(IDA(**USUAL)))
     ruled = run(FedAvg(weights="fedau", form="delta", **USUAL), 7, cohort=2)
     assert digest(ruled) == digest(run(FedAU(**USUAL), 7, cohort=2))
-    with pytest.raises(ConfigError, match="form=delta"):
-        composed(FedAvg(weights="fedau"))
+    assert digest(run(FedAvg(weights="fedau", **USUAL), 7, cohort=2)) == digest(ruled)
 
 
 def test_rules_meet_aggregators() -> None:

@@ -27,7 +27,8 @@ def composed(method: Method) -> Method:
     already. Raises ConfigError where these do not fit."""
     mixins: list[type[Method]] = []
     if not isinstance(method, Compressed) and _compresses(method):
-        method = _differing(method)
+        if feedback.parse(method.compress) is not None:
+            method = _differing(method, "only differences are compressed")
         mixins.append(Compressed)
     if not isinstance(method, Calibrated) and calibration.parse(method.then) is not None:
         if type(method).global_model not in (Method.global_model, Weighed.global_model):
@@ -43,14 +44,14 @@ def composed(method: Method) -> Method:
         rule = RULES[method.weights]
         if not method.takes_rules:
             raise ConfigError(f"{method.name} weighs clients in its own way; use weights=samples or uniform")
-        if rule.steps and method.form != "delta":
-            raise ConfigError(f"{method.name}: weights={method.weights} need not sum to 1; use form=delta")
+        if rule.steps:
+            method = _differing(method, f"weights={method.weights} need not sum to 1")
         mixins.append(Weighed if rule.phase is None else Asked)
     if not isinstance(method, Combined) and (how := aggregators.parse(method.aggregator)) is not None:
         if not (sums_suffice(method) or isinstance(method, Weighed) or method.takes_aggregator):
             raise ConfigError(f"{method.name} combines in its own way and takes no aggregator; use aggregator=mean")
-        if how.differences and method.form != "delta":
-            raise ConfigError(f"{method.name}: aggregator={method.aggregator} works on differences; use form=delta")
+        if how.differences:
+            method = _differing(method, f"aggregator={method.aggregator} works on differences")
         mixins.append(Combined)
     return _made(tuple(mixins), type(method), _fields(method)) if mixins else method
 
@@ -73,14 +74,12 @@ def _compresses(method: Method) -> bool:
     return True
 
 
-def _differing(method: Method) -> Method:
-    """The method with clients that send differences, since these are what can be compressed."""
-    if method.form == "delta" or feedback.parse(method.compress) is None:
-        return method
+def _differing(method: Method, why: str) -> Method:
+    """The method with clients that send differences. Raises ConfigError where it cannot have such."""
     try:
-        return dataclasses.replace(method, form="delta")
+        return method if method.form == "delta" else dataclasses.replace(method, form="delta")
     except ConfigError:
-        raise ConfigError(f"{method.name} sends whole models, and only differences are compressed") from None
+        raise ConfigError(f"{method.name} sends whole models, and {why}") from None
 
 
 def _fields(method: Method) -> dict[str, Any]:
