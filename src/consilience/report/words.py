@@ -39,6 +39,8 @@ NAMES = {
     "scool": "SCooL",
     "ditto": "Ditto",
     "dpsgd": "D-PSGD",
+    "tracking": "gradient tracking",
+    "dproxsgt": "DProxSGT",
     "fedau": "FedAU",
     "fedasync": "FedAsync",
     "fedbuff": "FedBuff",
