@@ -87,6 +87,8 @@ _WHERE = {
     "fedrc": ("fedrc", "FedRC"),
     "cfl": ("cfl", "CFL"),
     "ahc": ("ahc", "AHC"),
+    "co2": ("co2", "CO2"),
+    "onebyte": ("onebyte", "OneByte"),
 }
 
 NAMES = tuple(_WHERE)
