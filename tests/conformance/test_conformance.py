@@ -22,7 +22,7 @@ from consilience.core.encode import decode, encode, encoded_size
 from consilience.core.events import Decision, Instant
 from consilience.core.messages import Job, Trip
 from consilience.execute.ray import connected
-from consilience.methods import DPSGD, FedAdam, FedASMU, FedAvg, FedBuff, FedProx, Scaffold
+from consilience.methods import DPSGD, DProxSGT, FedAdam, FedASMU, FedAvg, FedBuff, FedProx, Scaffold, Tracking
 from consilience.schedule.immediate import Immediate
 from consilience.schedule.rounds import Rounds
 
@@ -53,6 +53,8 @@ class Spread(Instant):
 FIXTURES = {
     "fedem": Case(FedEM()),
     "dpsgd-ring": Case(DPSGD(), {"topology": "ring", "participation": 1.0}),
+    "tracking-semi": Case(Tracking(order="semi", local_steps=2), {"topology": "ring"}),
+    "dproxsgt-qsgd": Case(DProxSGT(compress="qsgd:4"), {"topology": "ring", "participation": 1.0}),
     "dpsgd-cta": Case(
         DPSGD(order="cta"), {"topology": "er:0.7", "availability": "bernoulli:0.7", "participation": 1.0}
     ),
@@ -129,6 +131,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "fedd2s": {"model": "mlp:16x12"},
     "mhd": {**MIXED, "topology": "ring", "participation": 1.0},
     "scool": {"topology": "er:0.7", "participation": 1.0},
+    "tracking": {"topology": "er:0.7", "availability": "bernoulli:0.7", "participation": 1.0},
+    "dproxsgt": {"topology": "ring", "participation": 1.0},
 }
 """Options of a run with which a method shows what it is for."""
 PUBLIC: dict[str, Any] = {"public": 60}

@@ -50,6 +50,8 @@ _WHERE = {
     "fedasmu": ("fedasmu", "FedASMU"),
     "fedcompass": ("fedcompass", "FedCompass"),
     "dpsgd": ("dpsgd", "DPSGD"),
+    "tracking": ("tracking", "Tracking"),
+    "dproxsgt": ("dproxsgt", "DProxSGT"),
     "scool": ("scool", "SCooL"),
     "fedproto": ("fedproto", "FedProto"),
     "feddistill": ("feddistill", "FedDistill"),
