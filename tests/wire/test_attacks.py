@@ -16,7 +16,7 @@ from consilience.core.errors import ConfigError, ConsilienceError
 from consilience.core.events import Instant
 from consilience.core.messages import Job, ModelUpdate, Reply
 from consilience.core.model import Weights
-from consilience.methods import DPSGD, FedAvg, FedMD, FedProto, Scaffold
+from consilience.methods import DPSGD, FRL, FedAvg, FedMD, FedProto, Scaffold
 from consilience.privacy.options import Privacy
 from consilience.wire import attacks
 from consilience.wire.adversary import Adversary, Attack, attacked, parse, stamp
@@ -275,3 +275,27 @@ def test_secret_sums_hide_lies_and_do_not_undo_them() -> None:
     secret = consilience.run(FedAvg(form="delta"), fed, privacy=Privacy(secure=0.7), **kind)
     assert distance(plain, secret) < 1e-4
     assert distance(secret, consilience.run(FedAvg(form="delta"), fed, privacy=Privacy(secure=0.7), **USUAL)) > 1e-2
+
+
+def test_rankings_are_attacked_by_places() -> None:
+    """The way back is the reversed ranking; an inner product below 0 is the reverse of the honest vote."""
+    method = FRL()
+    at = worker(method)
+    server = method.init_server(at.host(0, "init"))
+    honest = method.broadcast(at.program[0], server, None)  # type: ignore[arg-type]
+    rng = np.random.default_rng(0)
+    sent = []
+    for _ in range(5):
+        ranks = {n: torch.from_numpy(rng.permutation(len(r))).to(r.dtype) for n, r in honest.ranks.items()}
+        sent.append(honest._replace(ranks=ranks))
+    stage, got = staged(method, "signflip", replies_of(sent))
+    for before, after in zip(sent, got, strict=True):
+        for name, r in before.ranks.items():
+            mine = after.job.client in stage.hostile
+            assert after.update.ranks[name].tolist() == (r.flip(0) if mine else r).tolist()
+            assert after.update.ranks[name].dtype == r.dtype
+    stage, got = staged(method, "ipm", replies_of(sent))
+    liar = min(stage.hostile)
+    for name in honest.ranks:
+        places = sum(sent[i].ranks[name].long().argsort() for i in range(5) if i not in stage.hostile)
+        assert torch.equal(places[got[liar].update.ranks[name].long()], places.sort(descending=True).values)

@@ -26,6 +26,7 @@ from consilience.core.tree import Tree, record
 from consilience.parts import aggregators, calibration, feedback, prototypes, selection
 from consilience.parts.calibration import Calibration
 from consilience.parts.compressed import Compressed
+from consilience.parts.history import Remembering
 from consilience.parts.prototypes import Prototypes
 from consilience.parts.selection import Selection
 from consilience.parts.weights import RULES, Given, Rule
@@ -350,12 +351,19 @@ def _replaced(server: Tree, own: Tree) -> Tree:
 
 
 def composed(method: Method) -> Method:
-    """The method as its options ``weights``, ``aggregator``, ``then`` and ``compress`` want it; itself if it does that
-    already. Raises ConfigError where these do not fit."""
+    """The method as its options (``weights``, ``aggregator``, ``then``, ``compress`` and the like) want it; itself if
+    it does that already. Raises ConfigError where these do not fit."""
     mixins: list[type[Method]] = []
     if not isinstance(method, Compressed) and _compresses(method):
-        method = _differing(method)
+        if feedback.parse(method.compress) is not None:
+            method = _differing(method, "compressed")
         mixins.append(Compressed)
+    if not isinstance(method, Remembering) and method.client_momentum:
+        method = _differing(method, "given a momentum")
+        sent = [method.sends(phase) for phase in method.program()]
+        if None not in sent and not any(Kind.DELTA in kinds(t).values() for t in sent if isinstance(t, type)):
+            raise ConfigError(f"{method.name} sends no differences that could have a momentum; use client_momentum=0")
+        mixins.append(Remembering)
     if not isinstance(method, Calibrated) and calibration.parse(method.then) is not None:
         if type(method).global_model not in (Method.global_model, Weighed.global_model):
             raise ConfigError(f"{method.name} has no global model of its own head; use then=none")
@@ -400,14 +408,14 @@ def _compresses(method: Method) -> bool:
     return True
 
 
-def _differing(method: Method) -> Method:
-    """The method with clients that send differences, since these are what can be compressed."""
-    if method.form == "delta" or feedback.parse(method.compress) is None:
+def _differing(method: Method, why: str) -> Method:
+    """The method with clients that send differences. why: what only these can be."""
+    if method.form == "delta":
         return method
     try:
         return dataclasses.replace(method, form="delta")
     except ConfigError:
-        raise ConfigError(f"{method.name} sends whole models, and only differences are compressed") from None
+        raise ConfigError(f"{method.name} sends whole models, and only differences are {why}") from None
 
 
 def _fields(method: Method) -> dict[str, Any]:
@@ -423,11 +431,14 @@ def _made(mixins: tuple[type[Method], ...], base: type[Method], fields: dict[str
         name = "".join(m.__name__ for m in mixins) + base.__name__
         space: dict[str, Any] = {"__reduce__": lambda self: (_made, (mixins, base, _fields(self)))}
         space["__module__"] = base.__module__
-        first = tuple(m for m in mixins if m in (Compressed, Calibrated, Chosen))  # outside all others
+        outside = (Compressed, Remembering, Calibrated, Chosen)
+        first = tuple(m for m in mixins if m in outside)
         needs = dataclasses.replace(base.needs, loss=True) if Chosen in first else base.needs
         if Calibrated in first:
             needs = dataclasses.replace(needs, split_model=True, classification=True)
         space["needs"] = needs
+        if mixins == (Remembering,) and sums_suffice(base(**fields)):
+            space["sums"] = base.sums  # a momentum in the place of a difference changes nothing of what is wanted
         rest = mixins[len(first) :]
         parents: tuple[type, ...]
         parents = (*first, base, *rest) if issubclass(base, Weighed) else (*mixins, base)  # weights, then combining
