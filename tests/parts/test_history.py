@@ -98,7 +98,7 @@ def test_it_goes_with_aggregators_compression_privacy_and_attacks() -> None:
 @pytest.mark.parametrize("method", [DPSGD(client_momentum=0.5), FedMD(client_momentum=0.5)])
 def test_methods_that_send_no_differences_are_refused(method: Any) -> None:
     fed = consilience.make_federation("digits", clients=5, public=10, seed=0)
-    with pytest.raises(ConfigError, match=r"client_momentum=0|only differences"):
+    with pytest.raises(ConfigError, match="client_momentum=0"):
         consilience.run(method, fed, **RUN)
 
 
