@@ -93,6 +93,8 @@ COMPOSED = {
     "fedadam-qsgd": Case(FedAdam(compress="qsgd:4", weights="fedau", aggregator="median")),
     "fedprox-lowrank-ccvr": Case(FedProx(compress="ef:lowrank:2", then="ccvr:20", weights="fedce")),
     "fedbuff-bits": Case(FedBuff(buffer=2, compress="ef:bits:4", compress_down="bits:8")),
+    "scaffold-past": Case(Scaffold(client_momentum=0.9, aggregator="cclip"), {"attack": "ipm:0.2"}),
+    "fedavg-past-topk": Case(FedAvg(client_momentum=0.5, compress="ef21:topk:0.1", weights="fedce", buffers="local")),
     "fedprox-fedce-ccvr": Case(FedProx(weights="fedce", aggregator="median", then="ccvr:20")),
 }
 """Methods combined otherwise than they do themselves."""
@@ -130,6 +132,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "fedetf": {"personal_rounds": 2},
     "fedd2s": {"drop_every": 2},
     "fedins": {"entries": 4, "top": 2},
+    "fal": {"attack_steps": 2, "bounds": "0:1"},
+    "onebyte": {"history": 1, "check_every": 1, "local_steps": 2},
 }
 """Options without which a method does not fit a federation of five clients, or a test, or shows less of its state."""
 MIXED = {"models": "mlp:16*0.5,logistic*0.5", "feature_dim": 8}

@@ -93,6 +93,10 @@ _WHERE = {
     "fedrc": ("fedrc", "FedRC"),
     "cfl": ("cfl", "CFL"),
     "ahc": ("ahc", "AHC"),
+    "frl": ("frl", "FRL"),
+    "fal": ("fal", "FAL"),
+    "co2": ("co2", "CO2"),
+    "onebyte": ("onebyte", "OneByte"),
 }
 
 NAMES = tuple(_WHERE)
