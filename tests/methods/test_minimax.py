@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -385,3 +389,17 @@ def test_controls_sum_to_nothing(seed: int, weights: Any, variant: Any) -> None:
     held = [end(found) - vector(found.states[c].sent).numpy() for c in range(5)]
     assert np.abs(held).max() > 1e-3
     np.testing.assert_allclose(shares @ np.array(held) / shares.sum(), 0, atol=1e-13)
+
+
+def test_games_from_the_command_line(tmp_path: Path) -> None:
+    def call(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "consilience.cli", *words]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+
+    done = call("run", "masha1", "--data", "bilinear", "--model", "players", "--rounds", "2", "--out", "game")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "game/history.jsonl").read_text().splitlines()[-1])["global"]["loss"] > 0
+    refused = call("run", "masha1", "--data", "bilinear", "--rounds", "2", "--out", "none")
+    assert refused.returncode == 2
+    assert refused.stderr == "consilience: data 'bilinear' is a game of two players; use --model players\n"
+    assert not (tmp_path / "none").exists()
