@@ -120,6 +120,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "fedd2s": {"drop_every": 2},
     "fedins": {"entries": 4, "top": 2},
     "fal": {"attack_steps": 2, "bounds": "0:1"},
+    "onebyte": {"history": 1, "check_every": 1, "local_steps": 2},
 }
 """Options without which a method does not fit a federation of five clients, or a test, or shows less of its state."""
 MIXED = {"models": "mlp:16*0.5,logistic*0.5", "feature_dim": 8}

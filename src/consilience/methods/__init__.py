@@ -92,6 +92,8 @@ _WHERE = {
     "ahc": ("ahc", "AHC"),
     "frl": ("frl", "FRL"),
     "fal": ("fal", "FAL"),
+    "co2": ("co2", "CO2"),
+    "onebyte": ("onebyte", "OneByte"),
 }
 
 NAMES = tuple(_WHERE)
