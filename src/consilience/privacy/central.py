@@ -55,9 +55,10 @@ class Central:
     of it. In simulation the secret is made of the run's seed, and whoever knows that can take the noise away: it
     measures what privacy costs and protects nobody.
 
-    masked: sums are secret too. The clipped updates go through the protocol of ``Secret`` as fixed-point numbers, whose sum is exact, and the server adds the noise once, to that sum: it sees the sums of
-    cohorts before noise, and no single update. Rounding to multiples of 2^-24 makes a vector of d numbers longer by
-    2^-25 d^(1/2) at most, so it is clipped to that much less. The count of short updates is one number more of the sum.
+    masked: sums are secret too. The clipped updates go through the protocol of ``Secret`` as fixed-point numbers, whose
+    sum is exact, and the server adds the noise once, to that sum: it sees the sums of cohorts before noise, and no
+    single update. Rounding to multiples of 2^-24 makes a vector of d numbers longer by 2^-25 d^(1/2) at most, so it is
+    clipped to that much less. The count of short updates is one number more of the sum.
 
     Source: McMahan, Ramage, Talwar, Zhang, "Learning Differentially Private Recurrent Language Models", ICLR 2018
     (fixed denominator). Deviation: the noise is that of floating-point numbers, not of a discrete law.
