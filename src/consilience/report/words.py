@@ -39,6 +39,7 @@ NAMES = {
     "scool": "SCooL",
     "ditto": "Ditto",
     "dpsgd": "D-PSGD",
+    "dadao": "DADAO",
     "localgda": "local GDA",
     "masha1": "MASHA1",
     "masha2": "MASHA2",
