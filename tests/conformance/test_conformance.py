@@ -80,6 +80,7 @@ COMPOSED = {
     "fedadam-qsgd": Case(FedAdam(compress="qsgd:4", weights="fedau", aggregator="median")),
     "fedprox-lowrank-ccvr": Case(FedProx(compress="ef:lowrank:2", then="ccvr:20", weights="fedce")),
     "fedbuff-bits": Case(FedBuff(buffer=2, compress="ef:bits:4", compress_down="bits:8")),
+    "fedprox-rows": Case(FedProx(row_noise="0.5:0.5", client_momentum=0.5, aggregator="median")),
     "scaffold-past": Case(Scaffold(client_momentum=0.9, aggregator="cclip"), {"attack": "ipm:0.2"}),
     "fedavg-past-topk": Case(FedAvg(client_momentum=0.5, compress="ef21:topk:0.1", weights="fedce", buffers="local")),
     "fedprox-fedce-ccvr": Case(FedProx(weights="fedce", aggregator="median", then="ccvr:20")),

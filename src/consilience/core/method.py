@@ -20,7 +20,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from consilience.core import optim, order
 from consilience.core import tree as tr
 from consilience.core.errors import ConfigError, nearest
-from consilience.core.fit import Fit, Plan, fit_samples, n_steps
+from consilience.core.fit import Fit, Guard, Plan, fit_samples, n_steps
 from consilience.core.messages import Broadcast, ClientInfo, DeltaUpdate, Inbox, ModelUpdate, Reply, kinds
 from consilience.core.model import Architecture, Weights
 from consilience.core.predict import Net, Predictor
@@ -292,6 +292,10 @@ class Method(Training):
     def plan(self, site: Site, message: Tree, state: Tree) -> Plan:
         """How to train; a method that changes the loss or the step overrides this."""
         return Plan()
+
+    def guard(self, site: Site, rows: int) -> Guard | None:
+        """What stands between the rows of a training and its steps; None: nothing."""
+        return None
 
     def pack(self, start: Weights, end: Weights) -> Tree:
         """The update in the method's form."""
