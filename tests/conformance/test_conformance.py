@@ -129,6 +129,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "fedd2s": {"model": "mlp:16x12"},
     "mhd": {**MIXED, "topology": "ring", "participation": 1.0},
     "scool": {"topology": "er:0.7", "participation": 1.0},
+    "sgc": {"participation": 1.0, "availability": "bernoulli:0.9"},
 }
 """Options of a run with which a method shows what it is for."""
 PUBLIC: dict[str, Any] = {"public": 60}

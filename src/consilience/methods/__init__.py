@@ -88,6 +88,8 @@ _WHERE = {
     "fedrc": ("fedrc", "FedRC"),
     "cfl": ("cfl", "CFL"),
     "ahc": ("ahc", "AHC"),
+    "cellm": ("cellm", "CELLM"),
+    "sgc": ("sgc", "SGC"),
     "co2": ("co2", "CO2"),
     "onebyte": ("onebyte", "OneByte"),
 }

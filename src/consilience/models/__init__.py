@@ -11,21 +11,24 @@ from torch import nn
 
 from consilience.core.errors import ConfigError, nearest
 from consilience.core.model import Architecture, Factory, SplitModel, check_factory
-from consilience.models import frozen, small, vgg
+from consilience.models import frozen, small, transformer, vgg
 from consilience.models.adapters import Adapted
 
 _RESNETS, _VGGS = ("resnet8", "resnet14", "resnet20"), ("vgg5", "vgg8", "vgg11")
-NAMES = ("logistic", "mlp", "lenet", "cnn", *_RESNETS, "resnet8:batchnorm", *_VGGS, "frozen")
-ADAPTER = "+adapter"
+NAMES = ("logistic", "mlp", "lenet", "cnn", *_RESNETS, "resnet8:batchnorm", *_VGGS, "transformer", "frozen")
+ADAPTER, LORA = "+adapter", "+lora"
 _FAMILY = {"mlp": "mlp", **dict.fromkeys(_RESNETS, "resnet"), **dict.fromkeys(_VGGS, "vgg")}
 """Families of models whose parts have common names."""
 
 
 def factory(name: str) -> Factory:
-    """How to make the model called ``name``; ``NAME+adapter`` has adapters. Raises ConfigError with the nearest right
-    name."""
+    """How to make the model called ``name``; ``NAME+adapter`` has adapters, ``NAME+lora:RANK`` low-rank ones. Raises
+    ConfigError with the nearest right name."""
     if name.endswith(ADAPTER):
         return functools.partial(Adapted, factory(name.removesuffix(ADAPTER)))
+    lora = re.fullmatch(r"(.+)\+lora(:[1-9]\d*)?", name)
+    if lora:
+        return functools.partial(transformer.with_lora, factory(lora[1]), int((lora[2] or ":4")[1:]))
     kind, _, detail = name.partition(":")
     resnet = re.fullmatch(r"resnet(8|14|20)(:batchnorm)?", name)
     if resnet:
@@ -39,6 +42,7 @@ def factory(name: str) -> Factory:
         "logistic": small.Linear,
         "lenet": small.LeNet,
         "cnn": small.CNN,
+        "transformer": transformer.Transformer,
         "frozen": frozen.Frozen,
         "vgg5": vgg.VGG,
         "vgg8": functools.partial(vgg.VGG, convolutions=2),
@@ -56,9 +60,10 @@ def architecture(name: str, input_shape: tuple[int, ...], outputs: int) -> Archi
     Raises ConfigError.
     """
     whole, at, text = name.partition("@")
-    family = whole if whole.endswith(ADAPTER) else _FAMILY.get(whole.partition(":")[0], whole)
+    adapted = whole.endswith(ADAPTER) or LORA in whole
+    family = whole if adapted else _FAMILY.get(whole.partition(":")[0], whole)
     made = Architecture(name, factory(whole), input_shape, outputs, family=family)
-    if at and whole.endswith(ADAPTER):
+    if at and adapted:
         raise ConfigError(f"model '{name}': a model with adapters has no nested widths")
     if not at:
         return made
@@ -72,8 +77,8 @@ def architecture(name: str, input_shape: tuple[int, ...], outputs: int) -> Archi
         return dataclasses.replace(made, name=whole)
     if whole == "frozen":
         raise ConfigError(f"model '{name}': frozen comes trained and cannot be cut")
-    if whole == "logistic":
-        raise ConfigError(f"model '{name}': logistic has no hidden layer to cut")
+    if whole in ("logistic", "transformer"):
+        raise ConfigError(f"model '{name}': {whole} has no hidden layer to cut")
     return dataclasses.replace(made, factory=functools.partial(_cut, made.factory, rate), whole=whole, rate=rate)
 
 
