@@ -22,7 +22,7 @@ from consilience.core.encode import decode, encode, encoded_size
 from consilience.core.events import Decision, Instant
 from consilience.core.messages import Job, Trip
 from consilience.execute.ray import connected
-from consilience.methods import DPSGD, FedAdam, FedASMU, FedAvg, FedBuff, FedProx, Scaffold
+from consilience.methods import DPSGD, DProxSGT, FedAdam, FedASMU, FedAvg, FedBuff, FedProx, Scaffold, Tracking
 from consilience.schedule.immediate import Immediate
 from consilience.schedule.rounds import Rounds
 
@@ -53,6 +53,8 @@ class Spread(Instant):
 FIXTURES = {
     "fedem": Case(FedEM()),
     "dpsgd-ring": Case(DPSGD(), {"topology": "ring", "participation": 1.0}),
+    "tracking-semi": Case(Tracking(order="semi", local_steps=2), {"topology": "ring"}),
+    "dproxsgt-qsgd": Case(DProxSGT(compress="qsgd:4"), {"topology": "ring", "participation": 1.0}),
     "dpsgd-cta": Case(
         DPSGD(order="cta"), {"topology": "er:0.7", "availability": "bernoulli:0.7", "participation": 1.0}
     ),
@@ -78,6 +80,8 @@ COMPOSED = {
     "fedadam-qsgd": Case(FedAdam(compress="qsgd:4", weights="fedau", aggregator="median")),
     "fedprox-lowrank-ccvr": Case(FedProx(compress="ef:lowrank:2", then="ccvr:20", weights="fedce")),
     "fedbuff-bits": Case(FedBuff(buffer=2, compress="ef:bits:4", compress_down="bits:8")),
+    "scaffold-past": Case(Scaffold(client_momentum=0.9, aggregator="cclip"), {"attack": "ipm:0.2"}),
+    "fedavg-past-topk": Case(FedAvg(client_momentum=0.5, compress="ef21:topk:0.1", weights="fedce", buffers="local")),
     "fedprox-fedce-ccvr": Case(FedProx(weights="fedce", aggregator="median", then="ccvr:20")),
 }
 """Methods combined otherwise than they do themselves."""
@@ -115,6 +119,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "fedetf": {"personal_rounds": 2},
     "fedd2s": {"drop_every": 2},
     "fedins": {"entries": 4, "top": 2},
+    "fal": {"attack_steps": 2, "bounds": "0:1"},
     "onebyte": {"history": 1, "check_every": 1, "local_steps": 2},
 }
 """Options without which a method does not fit a federation of five clients, or a test, or shows less of its state."""
@@ -129,6 +134,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "fedd2s": {"model": "mlp:16x12"},
     "mhd": {**MIXED, "topology": "ring", "participation": 1.0},
     "scool": {"topology": "er:0.7", "participation": 1.0},
+    "tracking": {"topology": "er:0.7", "availability": "bernoulli:0.7", "participation": 1.0},
+    "dproxsgt": {"topology": "ring", "participation": 1.0},
     "sgc": {"participation": 1.0, "availability": "bernoulli:0.9"},
 }
 """Options of a run with which a method shows what it is for."""

@@ -16,7 +16,7 @@ from consilience.core.federation import ClientData, Split, Task
 from consilience.core.fit import Batch, Fit, Loss, Plan, Step, Together, training
 from consilience.core.messages import Job, Score
 from consilience.core.model import Architecture, Instance, Pool, Weights
-from consilience.core.predict import Net, Predictor
+from consilience.core.predict import Net, Predictor, Scorer
 from consilience.core.streams import SERVER, Streams, torch_fork
 
 if TYPE_CHECKING:
@@ -191,6 +191,13 @@ class Site:
         with self._scope(), torch_fork(0), torch.no_grad():
             scorer = predictor.scorer(self)
             return torch.cat([scorer(chunk.x) for chunk in chunks(rows, self.place.chunk)])
+
+    @contextmanager
+    def lent(self, predictor: Predictor) -> Iterator[Scorer]:
+        """A predictor's function from a batch to scores, through which gradients of inputs can be taken. Parameters
+        take none; nothing is counted and no global stream moves."""
+        with self._scope(), torch_fork(0), self.uncounted():
+            yield predictor.scorer(self)
 
     def evaluate(self, predictor: Predictor | Weights | None, data: Split | None = None) -> Score:
         """Rows, mean loss and accuracy on ``data`` (the test rows), without side effects. No predictor: no rows."""

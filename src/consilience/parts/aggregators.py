@@ -20,10 +20,10 @@ from torch import Tensor
 from consilience.core import tree as tr
 from consilience.core.errors import ConfigError, nearest
 from consilience.core.tree import Tree
-from consilience.parts import robust
+from consilience.parts import jacobian, robust
 from consilience.parts.aggregating import Aggregator, Reweighed
 
-NAMES = ("mean", "median", "trimmed", "krum", "multikrum", "rfa", "cclip", "upgrad", "mgda")
+NAMES = ("mean", "median", "trimmed", "krum", "multikrum", "rfa", "cclip", "upgrad", "mgda", "torchjd")
 """Names of all aggregators; ``bucketing`` and ``nnm`` go in front."""
 SHARE = "0.2"
 """F where none is given."""
@@ -71,6 +71,8 @@ def _rule(part: str, text: str) -> Aggregator | None:
         if radius is not None and not radius > 0:
             raise ConfigError(f"aggregator '{text}': cclip:TAU clips to a norm TAU, above 0")
         return robust.CentredClipping(radius)
+    if name == "torchjd":
+        return jacobian.parse(rest, text)
     if rest:
         raise ConfigError(f"aggregator '{text}': {name} takes no number")
     return {"mean": None, "median": Median(), "rfa": GeometricMedian(), "upgrad": UPGrad(), "mgda": MGDA()}[name]
