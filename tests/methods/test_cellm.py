@@ -81,6 +81,7 @@ def test_a_round_is_the_equations() -> None:
         (lambda u: u._replace(numbers=u.numbers[1:]), "numbers has shape"),
         (lambda u: u._replace(packed=u.packed.flip(0)), "packed indices that are not ascending"),
         (lambda u: u._replace(packed=u.packed[1:]), "packed .* are not"),
+        (lambda u: u._replace(packed=None), "packed is not a tensor"),
         (lambda u: u._replace(numbers=u.numbers * float("nan")), "finite"),
     ],
 )

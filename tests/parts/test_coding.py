@@ -152,6 +152,14 @@ def test_without_stragglers_nothing_is_repeated() -> None:
     assert make("gc", 4, 0, 1, 2).tasks(3, {})[2] == [(3, (0, 0), ((2, 1.0),))]  # plain: everybody its own chunk
 
 
+def test_what_is_done_again_is_the_oldest() -> None:
+    """Worker 0 has nothing of its own pieces of job 0 when these have had their turn, worker 1 all of them."""
+    done = {0: {(1, (-1, 0)), (1, (-1, 1))}}
+    tasks = make("m", 4, 1, 2, 3).tasks(2, done)
+    assert [task.slot for task in tasks[0] if task.job == 0] == [(-1, 0)]
+    assert [task.slot for task in tasks[1] if task.job == 0] == [(0, 0)]
+
+
 def test_loads_are_those_of_the_paper() -> None:
     """256 workers."""
     gc, sr, m = make("gc", 256, 15, 1, 2), make("sr", 256, 23, 2, 3), make("m", 256, 27, 1, 2)

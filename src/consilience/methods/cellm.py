@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -85,8 +85,8 @@ class CELLM(FedAdam):
 
     # --- the server's half -------------------------------------------------------------------------------------
 
-    def init_server(self, host: Host) -> Tuned:
-        """The initial adapters, with no moments."""
+    def init_server(self, host: Host) -> Any:
+        """The initial adapters, with no moments: a :class:`Tuned`."""
         whole = super().init_server(host)
         frozen = host.borrow().frozen
         parts = [{n: p for n, p in part.items() if n not in frozen} for part in (whole.model.params, *whole[1:])]
@@ -97,9 +97,7 @@ class CELLM(FedAdam):
         """The largest of the adapters' numbers."""
         return _squeezed(server.own.model.params, self.density_down)
 
-    def aggregate(
-        self, phase: Phase, host: Host, server: Tuned, replies: Sequence[Reply], cohort: Sequence[int]
-    ) -> Tuned:
+    def aggregate(self, phase: Phase, host: Host, server: Any, replies: Sequence[Reply], cohort: Sequence[int]) -> Any:
         """A step along the mean of what came."""
         params = server.own.model.params
         whole = [r._replace(update=DeltaUpdate(_spread(r.update, params, self.density_up), {})) for r in replies]
@@ -125,7 +123,9 @@ class CELLM(FedAdam):
         taken, v = TopK(False, self.density_up), torch.ones(d)
         count = len(taken.squeeze(v, _NO_DRAWS).numbers)
 
-        def places(found: Tensor) -> Wrong | None:
+        def places(found: Any) -> Wrong | None:
+            if not isinstance(found, Tensor):
+                return "", "is not a tensor"
             try:
                 taken.swell(Coded(v[:count], found), d, _NO_DRAWS)
             except MalformedError as error:

@@ -232,7 +232,8 @@ class SGC(Method):
 
     def sends(self, phase: Phase) -> type:
         """Rows, nothing, results."""
-        return {"gather": Rows, "place": NoneType, "work": Results}[phase.name]
+        made: dict[str, type] = {"gather": Rows, "place": NoneType, "work": Results}
+        return made[phase.name]
 
     def expects(self, place: Place, model: str) -> Mapping[str, Expected]:
         """Gradients of the model, by name; as many labels as rows."""

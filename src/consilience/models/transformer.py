@@ -62,7 +62,7 @@ class _Features(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows, columns = (n // self.side for n in x.shape[-2:])
         x = x[..., : rows * self.side, : columns * self.side]
-        patches = x.unflatten(-1, (columns, self.side)).unflatten(-3, (rows, self.side))  # (b, c, rows, s, columns, s)
+        patches = x.reshape(*x.shape[:2], rows, self.side, columns, self.side)
         tokens = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         out: Tensor = self.norm(self.layers(self.embed(tokens) + self.place)).mean(1)
         return out
