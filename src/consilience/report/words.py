@@ -72,6 +72,8 @@ NAMES = {
     "fedadp": "FedADP",
     "fedd2s": "FedD2S",
     "pfedgate": "pFedGate",
+    "frl": "FRL",
+    "fal": "FAL",
 }
 """Spellings that the rule of :func:`display` does not give."""
 
