@@ -22,7 +22,18 @@ from consilience.core.encode import decode, encode, encoded_size
 from consilience.core.events import Decision, Instant
 from consilience.core.messages import Job, Trip
 from consilience.execute.ray import connected
-from consilience.methods import DPSGD, DProxSGT, FedAdam, FedASMU, FedAvg, FedBuff, FedProx, Scaffold, Tracking
+from consilience.methods import (
+    DPSGD,
+    DProxSGT,
+    FedAdam,
+    FedASMU,
+    FedAvg,
+    FedBuff,
+    FedProx,
+    LocalGDA,
+    Scaffold,
+    Tracking,
+)
 from consilience.schedule.immediate import Immediate
 from consilience.schedule.rounds import Rounds
 
@@ -53,6 +64,8 @@ class Spread(Instant):
 FIXTURES = {
     "fedem": Case(FedEM()),
     "dpsgd-ring": Case(DPSGD(), {"topology": "ring", "participation": 1.0}),
+    "adversary": Case(LocalGDA(variant="gt", local_steps=2), {"model": "mlp:16+adversary:0.5"}),
+    "svrg": Case(LocalGDA(variant="svrg", p=0.5), {"participation": 1.0}),
     "tracking-semi": Case(Tracking(order="semi", local_steps=2), {"topology": "ring"}),
     "dproxsgt-qsgd": Case(DProxSGT(compress="qsgd:4"), {"topology": "ring", "participation": 1.0}),
     "dpsgd-cta": Case(
@@ -134,6 +147,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "fedd2s": {"model": "mlp:16x12"},
     "mhd": {**MIXED, "topology": "ring", "participation": 1.0},
     "scool": {"topology": "er:0.7", "participation": 1.0},
+    **{name: {"participation": 1.0} for name in ("localgda", "masha1", "masha2")},
     "tracking": {"topology": "er:0.7", "availability": "bernoulli:0.7", "participation": 1.0},
     "dproxsgt": {"topology": "ring", "participation": 1.0},
     "sgc": {"participation": 1.0, "availability": "bernoulli:0.9"},
