@@ -151,6 +151,7 @@ RUNS: dict[str, dict[str, Any]] = {
     **{name: {"participation": 1.0} for name in ("localgda", "masha1", "masha2")},
     "tracking": {"topology": "er:0.7", "availability": "bernoulli:0.7", "participation": 1.0},
     "dproxsgt": {"topology": "ring", "participation": 1.0},
+    "sgc": {"participation": 1.0, "availability": "bernoulli:0.9"},
 }
 """Options of a run with which a method shows what it is for."""
 PUBLIC: dict[str, Any] = {"public": 60}

@@ -95,6 +95,8 @@ _WHERE = {
     "ahc": ("ahc", "AHC"),
     "frl": ("frl", "FRL"),
     "fal": ("fal", "FAL"),
+    "cellm": ("cellm", "CELLM"),
+    "sgc": ("sgc", "SGC"),
     "co2": ("co2", "CO2"),
     "onebyte": ("onebyte", "OneByte"),
 }
