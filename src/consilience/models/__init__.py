@@ -16,7 +16,8 @@ from consilience.models import frozen, players, small, transformer, vgg
 from consilience.models.adapters import Adapted
 
 _RESNETS, _VGGS = ("resnet8", "resnet14", "resnet20"), ("vgg5", "vgg8", "vgg11")
-NAMES = ("logistic", "linear", "mlp", "lenet", "cnn", *_RESNETS, "resnet8:batchnorm", *_VGGS, "transformer", "frozen", "players")
+_SMALL = ("logistic", "linear", "mlp", "lenet", "cnn")
+NAMES = (*_SMALL, *_RESNETS, "resnet8:batchnorm", *_VGGS, "transformer", "frozen", "players")
 ADAPTER, LORA = "+adapter", "+lora"
 ADVERSARY = re.compile(r"(.+)\+adversary(?::(.*))?")
 _FAMILY = {"mlp": "mlp", **dict.fromkeys(_RESNETS, "resnet"), **dict.fromkeys(_VGGS, "vgg")}
