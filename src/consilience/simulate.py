@@ -36,7 +36,8 @@ from consilience.execute.shared import Temporary
 from consilience.execute.stacked import Stacked
 from consilience.fleet.clock import Fleet, make_devices, make_fleet
 from consilience.fleet.summary import describe
-from consilience.fleet.topology import summary
+from consilience.fleet.varying import Topology
+from consilience.fleet.varying import summary as topology_summary
 from consilience.folder import RunFolder, digest_text
 from consilience.measure.metrics import Standard
 from consilience.parts.compose import composed
@@ -232,7 +233,7 @@ def run(
     if recorder is not None:
         about = describe(found, federation, last.time) if isinstance(found, Fleet) else {}
         if worker.place.topology is not None:
-            about["topology"] = summary(topology, federation.n_seen, mixing, seed)
+            about["topology"] = topology_summary(topology, federation.n_seen, mixing, seed)
         recorder.finish(last, about)
     return Result(method, History(keeper.lines), keeper.clients, last, worker, keeper.dropped, path, keeper.timeline)
 
@@ -271,11 +272,7 @@ def prepare(
         _check_init(own, init)
     weights_of = None
     if any(phase.over == "neighbours" for phase in method.program()):
-        from consilience.fleet.topology import mixing as weights
-
-        ids = [int(client) for client in federation.seen]
-        rows = weights(topology, len(ids), mixing, seed)
-        weights_of = {ids[i]: {ids[j]: w for j, w in row.items()} for i, row in rows.items()}
+        weights_of = Topology(topology, tuple(int(client) for client in federation.seen), mixing, seed)
     place = Place(
         task=federation.task,
         method=method,

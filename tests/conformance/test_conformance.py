@@ -56,6 +56,7 @@ FIXTURES = {
     "dpsgd-cta": Case(
         DPSGD(order="cta"), {"topology": "er:0.7", "availability": "bernoulli:0.7", "participation": 1.0}
     ),
+    "dpsgd-onepeer": Case(DPSGD(), {"topology": "onepeer*2,matching:ring", "participation": 4}),
     "fedasmu-spread": Case(FedASMU(), {"schedule": Immediate(), "clock": Spread(), "participation": 3}),
 }
 LOCAL = {

@@ -13,9 +13,10 @@ import numpy as np
 from consilience.core.errors import ConfigError, ConsilienceError
 from consilience.core.evaluate import Judge, Line
 from consilience.core.events import TICK, Decision, Event, Instant, RealTime, Start, View, draw_cohort
+from consilience.core.exchange import inboxes, traffic
 from consilience.core.executor import Executor
 from consilience.core.failpoint import reach
-from consilience.core.messages import Inbox, Job, Release, Reply, Score, Summed, Trip, Work
+from consilience.core.messages import Job, Release, Reply, Score, Summed, Trip, Work
 from consilience.core.method import sums_suffice
 from consilience.core.outbox import Outbox, size_of
 from consilience.core.program import Program
@@ -430,22 +431,15 @@ class Loop:
         if topology is None:
             raise ConfigError(f"{self.method.name} has a phase among neighbours: give a topology")
         sent = self.executor.exchange(jobs)
-        sizes = {client: size_of(message) for client, message in sent.items()}
-        inboxes = []
-        for job in jobs:
-            weights = {n: w for n, w in sorted(topology[job.client].items()) if n in sent}
-            missing = 1.0 - sum(weights.values())
-            if len(weights) < len(topology[job.client]):
-                weights[job.client] += missing  # absent neighbours' weight stays at home
-            inboxes.append(Inbox({n: sent[n] for n in weights}, weights))
-        self.executor.mix(jobs, inboxes)
+        boxes = inboxes([job.client for job in jobs], sent, topology.at(self.version))
+        self.executor.mix(jobs, [boxes[job.client] for job in jobs])
         if self._real is not None:
             time = max(self._real.now(), self.time + TICK)
             for job in jobs:
                 self._real.came(job, self.time, time, 0.0)
-        for job, inbox in zip(jobs, inboxes, strict=True):
-            got = sum(sizes[n] for n in inbox.messages if n != job.client)
-            given = sizes[job.client] * (len(inbox.messages) - 1)
+        paid = traffic(boxes, {client: size_of(message) for client, message in sent.items()})
+        for job in jobs:
+            given, got = paid[job.client]
             self._spend(Totals(given, got), job.client)
             leg = self.setup.clock.trip(job, self.time, down=got, up=given, samples=0, steps=0)._replace(lost=None)
             reply = Reply(
