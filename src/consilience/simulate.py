@@ -15,7 +15,7 @@ from torch import Tensor
 from consilience.architectures import Model, assign, resolve
 from consilience.core.errors import CheckpointError, ConfigError, NeedsError, nearest
 from consilience.core.evaluate import Evaluation
-from consilience.core.events import Clock, Schedule, cohort_size
+from consilience.core.events import Clock, RealTime, Schedule, cohort_size
 from consilience.core.executor import Executor
 from consilience.core.federation import Federation
 from consilience.core.messages import Device, Refusal
@@ -46,6 +46,7 @@ from consilience.parts.split import head_of
 from consilience.privacy.options import NONE, Privacy
 from consilience.schedule import names as schedules
 from consilience.schedule.buffered import Buffered
+from consilience.schedule.gossip import Gossip
 from consilience.wire.adversary import Adversary, attacked
 from consilience.wire.adversary import parse as parse_attack
 from consilience.wire.decode import stages
@@ -221,6 +222,7 @@ def run(
             evaluation=Evaluation(eval_every, eval_clients_every, eval_clients, worker.place.chunk),
             checkpoint_every=checkpoint_every,
             elapsed=spent,
+            gossip=isinstance(rule, Gossip),
         )
         keep_freed_memory()
         with single_thread():
@@ -384,7 +386,10 @@ def timing(
     if schedule is None and name.partition(":")[0] != "deadline":
         options.update(over_selection=1.0, late="discard")
     made = schedules.make(name, **options)
-    chains = [p for p in method.program() if p.over != "client" and p.when not in ("start", "end")]
+    linked = ("client", "neighbours") if isinstance(made, Gossip) else ("client",)
+    if isinstance(made, Gossip):
+        _check_gossip(method, clock)
+    chains = [p for p in method.program() if p.over not in linked and p.when not in ("start", "end")]
     if len(chains) > 1 and name.partition(":")[0] not in schedules.SYNCHRONOUS:
         raise ConfigError(
             f"{method.name} has {len(chains)} phases that wait for each other; it runs with --schedule "
@@ -393,6 +398,20 @@ def timing(
     if isinstance(made, Buffered) and made.buffer > clients:
         raise ConfigError(f"--schedule {name}: a buffer of {made.buffer} never fills with {clients} clients that train")
     return clock, made
+
+
+def _check_gossip(method: Method, clock: Clock) -> None:
+    """Raise ConfigError where nodes cannot gossip."""
+    if not method.gossips:
+        from consilience import methods
+
+        fit = [name for name, cls in methods.every().items() if cls.gossips]
+        raise ConfigError(
+            f"{method.name} has no messages that neighbours can mix at any time; --schedule gossip is for "
+            f"{', '.join(fit)}"
+        )
+    if isinstance(clock, RealTime):
+        raise ConfigError("--schedule gossip is for simulated devices; use rounds")
 
 
 def make_executor(name: str, worker: Worker, workers: int | None) -> Executor:

@@ -49,6 +49,8 @@ _WHERE = {
     "fedasmu": ("fedasmu", "FedASMU"),
     "fedcompass": ("fedcompass", "FedCompass"),
     "dpsgd": ("dpsgd", "DPSGD"),
+    "finalmerge": ("finalmerge", "FinalMerge"),
+    "vargossip": ("vargossip", "VarGossip"),
     "scool": ("scool", "SCooL"),
     "fedproto": ("fedproto", "FedProto"),
     "feddistill": ("feddistill", "FedDistill"),

@@ -39,6 +39,8 @@ NAMES = {
     "scool": "SCooL",
     "ditto": "Ditto",
     "dpsgd": "D-PSGD",
+    "finalmerge": "Final merging",
+    "vargossip": "Variance-corrected gossip",
     "fedau": "FedAU",
     "fedasync": "FedAsync",
     "fedbuff": "FedBuff",
