@@ -42,7 +42,7 @@ SETTINGS = {
 COMMON: dict[str, Any] = {"model": "mlp", "rounds": ROUNDS, "eval_every": ROUNDS, "eval_clients_every": ROUNDS}
 CFL = "cfl:eps1=0.1,eps2=0.3"
 FIRST = ("local", "fedavg", "fedrc", "fedem", "ifca", CFL, "fedalt", "fedsim")
-SECOND = ("fedgmm", "ahc", "fedper", "fedrep", "ditto", "pfedme", "apfl", "per-fedavg", "spectral")
+SECOND = ("fedgmm", "ahc", "fedper", "fedrep", "ditto", "pfedme", "apfl", "perfedavg", "spectral")
 METHODS = (*FIRST, *SECOND)
 
 

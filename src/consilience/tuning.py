@@ -139,7 +139,8 @@ def _study(
     stream = _stream(f"tune {spec.config.seed} {spec.label}")
     sampler = optuna.samplers.TPESampler(seed=stream, n_startup_trials=min(10, max(2, budget // 2)))
     study = optuna.create_study(direction="minimize" if objective.lower else "maximize", sampler=sampler)
-    given = {name: float(spec.options.get(name, _default(spec, name))) for name in searched}
+    kinds = {name: type(_default(spec, name)) for name in searched}
+    given = {name: kind(spec.options.get(name, _default(spec, name))) for name, kind in kinds.items()}
     study.enqueue_trial({name: min(max(given[name], s.low), s.high) for name, s in searched.items()})
     shared = {name: s for name, s in searched.items() if name in {field.name for field in dataclasses.fields(Training)}}
     for number in range(1, budget):  # the sampler sees these, and proposes what is left open
@@ -147,7 +148,7 @@ def _study(
     trials: list[dict[str, Any]] = []
     for number in range(budget if searched else 1):
         asked = study.ask()
-        options = {name: asked.suggest_float(name, s.low, s.high, log=s.log) for name, s in searched.items()}
+        options = {name: _suggested(asked, name, s, kinds[name]) for name, s in searched.items()}
         if number == 0:  # as given, to the last bit, also where it lies outside the search
             options = dict(given)
         known = recorded[number] if number < len(recorded) else None
@@ -164,6 +165,14 @@ def _study(
         shown = "diverged" if value is None else f"{value:.4f}"
         tell(f"tuning {spec.label}: trial {number + 1} of {budget}, validation {_noun(objective)} {shown}")
     return trials
+
+
+def _suggested(asked: Any, name: str, search: Search, kind: type) -> float:
+    """What the sampler proposes: a whole number where the option is one."""
+    if kind is int:
+        found: int = asked.suggest_int(name, int(search.low), int(search.high), log=search.log)
+        return found
+    return float(asked.suggest_float(name, search.low, search.high, log=search.log))
 
 
 def _noun(objective: Objective) -> str:

@@ -8,10 +8,11 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import optuna
 import pytest
 import torch
 
-from consilience import experiment
+from consilience import experiment, methods
 from consilience.config import settle
 from consilience.core.errors import ConfigError
 from consilience.core.training import Search
@@ -19,7 +20,7 @@ from consilience.data.federation import ArrayFederation
 from consilience.methods.fedavg import FedAvg
 from consilience.methods.local import Local
 from consilience.simulate import run
-from consilience.tuning import Objective, common, space, tune, validation_score
+from consilience.tuning import Objective, _suggested, common, space, tune, validation_score
 
 OPTIONS = {"clients": 4, "rounds": 2, "model": "mlp:16", "executor": "serial", "partition": "dirichlet:0.3"}
 
@@ -116,6 +117,21 @@ def test_what_all_try_is_spread_evenly(search: Search) -> None:
             gaps = [b - a for a, b in pairwise([0.0, *sorted(shares[:n]), 1.0])]
             assert max(gaps) < 2 / n
     assert common("lr", search, 0, 1) != common("lr", search, 1, 1)
+
+
+@pytest.mark.parametrize("name", methods.NAMES)
+def test_every_method_takes_what_is_proposed(name: str) -> None:
+    """Options that are whole numbers are proposed as such."""
+    cls = methods.get(name)
+    for key, field in cls.options().items():
+        search = field.metadata.get("search")
+        if search is not None:
+            study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+            for _ in range(5):
+                value = _suggested(study.ask(), key, search, type(field.default))
+                assert search.low <= value <= search.high
+                assert type(value) is type(field.default)
+                cls.make({key: value})
 
 
 def test_without_optuna_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

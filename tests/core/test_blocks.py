@@ -75,6 +75,7 @@ def test_the_methods_that_want_no_more_than_sums() -> None:
         "fedmoswa",
         "fedcog",
         "fedloge",
+        "curriculum",
         "lgfedavg",
         "fml",
         "fedper",
@@ -84,7 +85,7 @@ def test_the_methods_that_want_no_more_than_sums() -> None:
         "ditto",
         "pfedme",
         "apfl",
-        "per-fedavg",
+        "perfedavg",
         "spectral",
         "fedins",
     ]

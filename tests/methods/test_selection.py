@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import LINEAR64, NOISY, SIZES, federation, loop, reply, worker
+from helpers import LINEAR, LINEAR64, NOISY, SIZES, federation, loop, reply, worker
 from torch.nn import functional as F
 
 from consilience import simulate
@@ -15,7 +15,7 @@ from consilience.core import tree as tr
 from consilience.core.encode import encoded_size
 from consilience.core.errors import ConfigError
 from consilience.core.method import Method
-from consilience.methods import IFCA, FedAvg, FedDisco, FedProx, FedSAM, HeteroFL, Local, Scaffold
+from consilience.methods import IFCA, Curriculum, FedAvg, FedDisco, FedProx, FedSAM, HeteroFL, Local, Scaffold
 from consilience.parts import selection
 from consilience.parts.compose import composed
 from consilience.parts.selection import Difficulty
@@ -75,9 +75,9 @@ def test_those_with_the_least_losses_train() -> None:
             data = fed.data(client).train
             scores = data.x @ start.params["head.weight"].T + start.params["head.bias"]
             found.append(float(F.cross_entropy(scores, data.y)))
-        assert memory.snapshots[version + 1].server.chosen == sorted(np.argsort(found)[:2].tolist())
+        assert memory.snapshots[version + 1].server.memory["chosen"] == sorted(np.argsort(found)[:2].tolist())
     spent = memory.snapshots[3].totals.samples
-    assert spent == sum(SIZES[c] for v in (1, 2, 3) for c in memory.snapshots[v].server.chosen)
+    assert spent == sum(SIZES[c] for v in (1, 2, 3) for c in memory.snapshots[v].server.memory["chosen"])
 
 
 def test_with_rules_heads_and_local_buffers_on_any_executor() -> None:
@@ -133,3 +133,20 @@ def test_a_loop_goes_on_with_those_who_were_chosen() -> None:
     part = trained(FedAvg(selection="anti:2", **USUAL), 2)
     again = trained(FedAvg(selection="anti:2", **USUAL), 4, resume=part.snapshots[2])
     assert tr.digest(again.snapshots[4].server) == tr.digest(whole.snapshots[4].server)
+
+
+def test_curriculum_is_fedavg_with_its_order() -> None:
+    """Bit for bit, and without an order it is FedAvg."""
+    usual = {**USUAL, "batch_size": 8}
+    fed = federation((80, 96, 60, 70, 90))
+    found = [
+        tr.digest(loop(worker(method, fed, LINEAR), 3).snapshots[3].server)
+        for method in (
+            Curriculum(**usual),
+            FedAvg(row_order="curriculum:global:linear:0.8:0.2", **usual),
+            Curriculum(row_order="curriculum:global:linear:0.8:1", **usual),
+            FedAvg(**usual),
+        )
+    ]
+    assert found[0] == found[1]
+    assert found[2] == found[3] != found[0]

@@ -37,6 +37,7 @@ from consilience.core.model import Architecture
 from consilience.core.reduce import weighted_sum
 from consilience.core.snapshot import Snapshot
 from consilience.methods import (
+    FML,
     IDA,
     FedAdam,
     FedAU,
@@ -54,7 +55,9 @@ from consilience.methods import (
 )
 from consilience.parts import aggregators
 from consilience.parts import weights as rules
-from consilience.parts.compose import Asked, Combined, Weighed, composed
+from consilience.parts.combined import Combined
+from consilience.parts.compose import composed
+from consilience.parts.weighed import Asked, Weighed
 from consilience.parts.weights import Given
 
 USUAL: dict[str, Any] = {"batch_size": 4, "lr": 0.1, "local_epochs": 2}
@@ -233,9 +236,21 @@ def test_methods_that_combine_in_their_own_way_are_told_so() -> None:
     for method in (FedDyn(aggregator="median"), FedBuff(aggregator="rfa"), FedNova(aggregator="median")):
         with pytest.raises(ConfigError, match="combines in its own way"):
             composed(method)
-    with pytest.raises(ConfigError, match="form=delta"):
-        composed(FedAvg(aggregator="upgrad"))
     assert type(composed(FedAvg())) is FedAvg
+
+
+def test_what_works_on_differences_gets_them() -> None:
+    for own in ({"aggregator": "upgrad"}, {"aggregator": "mgda"}, {"weights": "fedau"}):
+        assert composed(FedAvg(**own)).form == "delta"
+    with pytest.raises(ConfigError, match="fml sends whole models, and aggregator=mgda works on differences"):
+        composed(FML(aggregator="mgda"))
+
+
+@pytest.mark.parametrize(
+    ("short", "long"), [("bucketing+cclip", "bucketing:2+cclip"), ("nnm+krum", "nnm:0.2+krum:0.2")]
+)
+def test_what_goes_in_front_needs_no_number(short: str, long: str) -> None:
+    assert aggregators.parse(short) == aggregators.parse(long)
 
 
 # --- rules -----------------------------------------------------------------------------------------------------
@@ -270,8 +285,7 @@ def test_ida_and_fedau_by_rule() -> None:
     assert digest(run(FedAvg(weights="ida", **USUAL))) == digest(run(IDA(**USUAL)))
     ruled = run(FedAvg(weights="fedau", form="delta", **USUAL), 7, cohort=2)
     assert digest(ruled) == digest(run(FedAU(**USUAL), 7, cohort=2))
-    with pytest.raises(ConfigError, match="form=delta"):
-        composed(FedAvg(weights="fedau"))
+    assert digest(run(FedAvg(weights="fedau", **USUAL), 7, cohort=2)) == digest(ruled)
 
 
 def test_rules_meet_aggregators() -> None:
@@ -338,7 +352,7 @@ def test_disco_by_hand() -> None:
 def test_label_counts_are_asked_once() -> None:
     found = run(FedDisco(**USUAL), 3, LINEAR)
     fed = federation()
-    assert {k: c.tolist() for k, c in found.server.memory.items()} == {
+    assert {k: c.tolist() for k, c in found.server.memory["rule"].items()} == {
         k: torch.bincount(fed.data(k).train.y, minlength=3).tolist() for k in range(5)
     }
 
@@ -386,7 +400,7 @@ def test_the_model_without_a_client_is_the_others() -> None:
     shots = loop(at, 1).snapshots
     standing, states = shots[1].server, shots[1].states
     x = standing.server.model
-    assert all(part.weight == pytest.approx(0.5) for part in standing.memory.known.values())
+    assert all(part.weight == pytest.approx(0.5) for part in standing.memory["rule"].known.values())
     for k in (0, 1):
         other = states[1 - k].last
         rebuilt = tr.sub(tr.scale(x.params, 2.0), states[k].last.params)
@@ -394,7 +408,7 @@ def test_the_model_without_a_client_is_the_others() -> None:
         data = federation((12, 12)).data(k)
         host = at.host(1, "train")
         score = host.evaluate(other, data.train)
-        assert standing.memory.known[k].error == pytest.approx(1 - score.accuracy)
+        assert standing.memory["rule"].known[k].error == pytest.approx(1 - score.accuracy)
 
 
 def test_the_error_without_a_client_in_a_regression_is_the_loss() -> None:
@@ -432,3 +446,15 @@ def test_history_of_weights_is_monotone_in_discrepancy() -> None:
     found = [weigh(rules.Disco(a=a), counts, [[0]] * 2)[0][0] for a in (0.0, 0.2, 0.4, 0.6)]
     assert all(later <= earlier for earlier, later in pairwise(found))
     assert found[-1] == pytest.approx(0, abs=1e-12)
+
+
+def test_a_method_that_reports_does_so_with_a_rule() -> None:
+    """It sees its own state, not what mixins keep beside it."""
+
+    class Telling(FedAvg):
+        def report(self, server: Any) -> dict[str, float]:
+            return {"norm": float(sum(p.square().sum() for p in server.model.params.values()))}
+
+    for own in ({"weights": "ida"}, {"weights": "ida", "selection": "random:2"}):
+        method = composed(Telling(**USUAL, **own))
+        assert set(method.report(run(method).server)) == {"norm"}

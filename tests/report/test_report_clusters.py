@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def section(page: str, anchor: str) -> str:
-    text = page[page.index(f'<section id="{anchor}"') :]
+    text = page[page.index(f'<section id="{anchor}"') :].replace("<wbr>", "")
     return re.sub(r"&[a-z]+;", " ", text[: text.index("</section>")])
 
 

@@ -49,8 +49,8 @@ class Training:
     )
     aggregator: str = option(
         "mean",
-        "how updates combine: mean, median, trimmed:F, krum:F, multikrum:F, rfa, cclip[:TAU], upgrad or mgda; "
-        "bucketing:S+ or nnm:F+ in front",
+        "how updates combine: mean, median, trimmed:F, krum:F, multikrum:F, rfa, cclip[:TAU], upgrad, mgda "
+        "or torchjd:NAME; bucketing:S+ or nnm:F+ in front",
     )
     selection: str = option(
         "random", "who of a round's clients train: random (all), or curriculum or anti, :COUNT[:PACING][:ROUNDS:B]"

@@ -10,8 +10,8 @@ from annotated_types import Ge, Gt
 from consilience.core.method import Needs
 from consilience.core.training import Search, option
 from consilience.methods.fedavg import FedAvg
+from consilience.parts.calibrated import Calibrated
 from consilience.parts.calibration import Calibration
-from consilience.parts.compose import Calibrated
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from consilience.core.training import option
-from consilience.parts.compose import Asked
+from consilience.parts.weighed import Asked
 from consilience.parts.weights import Contribution
 
 

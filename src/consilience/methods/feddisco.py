@@ -9,7 +9,7 @@ from annotated_types import Ge
 
 from consilience.core.method import Needs
 from consilience.core.training import Search, option
-from consilience.parts.compose import Asked
+from consilience.parts.weighed import Asked
 from consilience.parts.weights import Disco
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from consilience.core.training import option
 from consilience.parts import weights as rules
-from consilience.parts.compose import Weighed
+from consilience.parts.weighed import Weighed
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ class PerFedAvg(Method):
     uniform, as the paper does.
     """
 
-    name = "per-fedavg"
+    name = "perfedavg"
     family = "personal models"
     source = "Fallah et al., NeurIPS"
     year = 2020
@@ -53,7 +53,7 @@ class PerFedAvg(Method):
     def check(self) -> None:
         """A difference of clipped gradients is not a derivative."""
         if self.variant == "hf" and self.clip is not None:
-            raise ConfigError("per-fedavg: variant=hf takes differences of gradients, which clip would spoil")
+            raise ConfigError("perfedavg: variant=hf takes differences of gradients, which clip would spoil")
         super().check()
 
     def least_samples(self, phase: Phase, rows: int, steps: int | None) -> int:

@@ -20,16 +20,18 @@ from torch import Tensor
 from consilience.core import tree as tr
 from consilience.core.errors import ConfigError, nearest
 from consilience.core.tree import Tree
-from consilience.parts import robust
+from consilience.parts import jacobian, robust
 from consilience.parts.aggregating import Aggregator, Reweighed
 
-NAMES = ("mean", "median", "trimmed", "krum", "multikrum", "rfa", "cclip", "upgrad", "mgda")
+NAMES = ("mean", "median", "trimmed", "krum", "multikrum", "rfa", "cclip", "upgrad", "mgda", "torchjd")
 """Names of all aggregators; ``bucketing`` and ``nnm`` go in front."""
+SHARE = "0.2"
+"""F where none is given."""
 
 
 def parse(text: str) -> Aggregator | None:
-    """The aggregator that ``--aggregator`` names, as in ``bucketing:2+krum:0.2``; None for the mean. Raises
-    ConfigError."""
+    """The aggregator that ``--aggregator`` names, as in ``bucketing:2+krum:0.2``, which ``bucketing+krum`` is too; None
+    for the mean. Raises ConfigError."""
     *before, rule = text.split("+")
     found = _rule(rule, text)
     if found is None and before:
@@ -38,11 +40,13 @@ def parse(text: str) -> Aggregator | None:
         name, _, rest = part.partition(":")
         assert found is not None
         if name == "bucketing":
-            if not rest.isdigit() or int(rest) < 1:
+            size = rest or "2"
+            if not size.isdigit() or int(size) < 1:
                 raise ConfigError(f"aggregator '{text}': bucketing:S puts S updates together, from 1 on")
-            found = robust.Bucketing(found, int(rest))
+            found = robust.Bucketing(found, int(size))
         elif name == "nnm":
-            found = robust.NearestMixing(found, _share(rest, text, "nnm:F leaves out the share F of updates farthest"))
+            share = _share(rest or SHARE, text, "nnm:F leaves out the share F of updates farthest")
+            found = robust.NearestMixing(found, share)
         else:
             raise ConfigError(
                 f"aggregator '{text}': '{name}' does not go in front{nearest(name, ('bucketing', 'nnm'))}"
@@ -57,7 +61,7 @@ def _rule(part: str, text: str) -> Aggregator | None:
     if name == "trimmed":
         return Trimmed(_share(rest, text, "trimmed:F cuts a share F of clients at each end"))
     if name in ("krum", "multikrum"):
-        share = _share(rest or "0.2", text, f"{name}:F expects a share F of hostile clients")
+        share = _share(rest or SHARE, text, f"{name}:F expects a share F of hostile clients")
         return robust.MultiKrum(share, name == "krum")
     if name == "cclip":
         try:
@@ -67,6 +71,8 @@ def _rule(part: str, text: str) -> Aggregator | None:
         if radius is not None and not radius > 0:
             raise ConfigError(f"aggregator '{text}': cclip:TAU clips to a norm TAU, above 0")
         return robust.CentredClipping(radius)
+    if name == "torchjd":
+        return jacobian.parse(rest, text)
     if rest:
         raise ConfigError(f"aggregator '{text}': {name} takes no number")
     return {"mean": None, "median": Median(), "rfa": GeometricMedian(), "upgrad": UPGrad(), "mgda": MGDA()}[name]

@@ -31,6 +31,7 @@ from consilience.report.sections import (
 )
 from consilience.report.targets import target_section
 from consilience.report.timeline import timelines
+from consilience.report.trust import guarded, trust_section
 from consilience.report.tuned import read_tuning, tuning_section
 
 SECTIONS: list[tuple[str, str, Callable[[Facts, int], str]]] = [
@@ -46,6 +47,7 @@ SECTIONS: list[tuple[str, str, Callable[[Facts, int], str]]] = [
     ("federation", "The federation", federation_section),
     ("devices", "Devices and time", devices_section),
     ("cost", "Cost", cost_section),
+    ("trust", "Attack and privacy", trust_section),
     ("tuning", "Tuning", tuning_section),
     ("reproduce", "Reproduce", reproduce_section),
 ]
@@ -108,6 +110,7 @@ def render(facts: Facts) -> str:
         "architectures": len(architectures(facts)) < 2,
         "clusters": not personal(facts),
         "devices": not timelines(facts),
+        "trust": not guarded(facts),
         "federation": "sizes" not in facts.federation,  # too many clients to draw
     }
     shown = [s for s in SECTIONS if not absent.get(s[0])]

@@ -74,6 +74,12 @@ class RunFolder:
         return _lines(path, ("client", "state", "start", "end", *TIMES)) if path.is_file() else []
 
     @cached_property
+    def refused(self) -> list[dict[str, Any]]:
+        """The lines of ``refused.jsonl``: updates that were dropped before anything was combined."""
+        path = self.path / "refused.jsonl"
+        return _lines(path, ("round", "client", "reason")) if path.is_file() else []
+
+    @cached_property
     def fleet(self) -> dict[str, Any]:
         """What ``fleet.json`` says; nothing before a run is finished."""
         path = self.path / "fleet.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
@@ -39,8 +40,8 @@ def mark(entry: Entry, css: str = "sw") -> str:
 
 
 def named(entry: Entry) -> str:
-    """The mark and the name."""
-    return mark(entry) + escape(entry.name)
+    """The mark and the name, which may go on in another line after a sign."""
+    return mark(entry) + re.sub(r"([=:,+])", r"\1<wbr>", escape(entry.name))
 
 
 class Cell(NamedTuple):

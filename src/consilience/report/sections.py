@@ -23,6 +23,7 @@ from consilience.report.blob import (
 from consilience.report.evenness import evenness_table
 from consilience.report.facts import Dot, Entry, Facts, held, unfinished
 from consilience.report.markup import Cell, Column, details, empty, mark, named, note, radios, section, table
+from consilience.report.trust import conditions
 from consilience.report.words import NBSP, NONE, flop_unit, plural, rounds_of
 
 ROWS = 200
@@ -396,6 +397,7 @@ def subject(facts: Facts) -> str:
     if facts.references:
         what += f" and {plural(len(facts.references), 'reference')}"
     unseen = len(facts.federation.get("unseen") or ())
-    parts = [plural(facts.clients, "client"), *([f"{unseen} more unseen"] if unseen else [])]
+    parts = [plural(facts.clients, "client"), *map(escape, conditions(facts.runs))]
+    parts += [f"{unseen} more unseen"] if unseen else []
     parts += [plural(len(facts.seeds), "seed"), plural(facts.rounds, "round")]
     return f"{what} on <b>{name}</b>: {', '.join(parts)}"

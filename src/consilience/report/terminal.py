@@ -84,6 +84,7 @@ def show_comparison(console: Console, rows: Sequence[Mapping[str, Any]], folder:
     from consilience.report.answer import first, losers
     from consilience.report.certainty import differences_finding, reference_of
     from consilience.report.facts import gather
+    from consilience.report.trust import finding, guarded
 
     facts = gather(folder)
     said = [first(facts)]
@@ -95,7 +96,7 @@ def show_comparison(console: Console, rows: Sequence[Mapping[str, Any]], folder:
         console.print(difference_table(rows))
     if facts.compare.get("target") is not None:
         console.print(target_table(rows))
-    for sentence in [*said, losers(facts)]:
+    for sentence in [*said, losers(facts), finding(facts) if guarded(facts) else ""]:
         if sentence:
             console.print(_wrapped(sentence), markup=False, highlight=False)
 
@@ -159,6 +160,7 @@ def run_summary(run: RunFolder) -> Table:
     """What a run came to: its last scores and what it cost."""
     from consilience.measure.statistics import last_of
     from consilience.report.clusters import clusters_of
+    from consilience.report.trust import conditions
 
     last = run.history[-1]
     table = _grid(
@@ -193,6 +195,8 @@ def run_summary(run: RunFolder) -> Table:
         gap = last_of(run, "clients", "groups", name, "demographic_parity")
         if gap is not None:
             table.add_row(f"Parity between groups by {name}", f"{accuracy.gap(gap)} apart")
+    if told := conditions([run]):
+        table.add_row("Conditions", ", ".join(told))
     for title, key, unit in (
         ("Bytes up", "bytes_up", byte_unit),
         ("Bytes down", "bytes_down", byte_unit),

@@ -48,7 +48,7 @@ NAMES = {
     "fedcompass": "FedCompass",
     "apfl": "APFL",
     "pfedme": "pFedMe",
-    "per-fedavg": "Per-FedAvg",
+    "perfedavg": "Per-FedAvg",
     "spectral": "Spectral co-distillation",
 }
 """Spellings that the rule of :func:`display` does not give."""

@@ -39,9 +39,13 @@ class Attack:
     strength: float | None = None
     blind: bool = False
 
+    def count(self, clients: int) -> int:
+        """How many of so many clients that train are hostile."""
+        return int(self.fraction * clients + 0.5)
+
     def clients(self, federation: Federation, seed: int) -> frozenset[int]:
         """Who is hostile, drawn from a stream of its own. Raises ConfigError."""
-        count = int(self.fraction * federation.n_seen + 0.5)
+        count = self.count(federation.n_seen)
         if not 0 < count < federation.n_seen:
             raise ConfigError(
                 f"--attack {self.name}:{self.fraction:g}: of {federation.n_seen} clients {count} would be hostile; at "

@@ -1,0 +1,116 @@
+"""Whom one has to trust: hostile clients that a run was tried with, updates that it refused, and its privacy."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from html import escape
+from statistics import fmean
+
+from consilience.measure.statistics import last_of
+from consilience.report.facts import Entry, Facts, trained
+from consilience.report.load import RunFolder
+from consilience.report.markup import Cell, Column, details, named, note, section, table
+from consilience.report.words import NONE, listed, plural
+from consilience.wire.adversary import parse
+
+REASONS = 20
+"""So many reasons of refusals have a line of their own."""
+PRIVATE = {
+    "epsilon": Column("ε spent", "at most"),
+    "delta": Column("δ"),
+    "noise": Column("Noise", "of the clip"),
+    "clip": Column("Clip", "norm"),
+}
+
+
+def conditions(runs: Sequence[RunFolder]) -> list[str]:
+    """Under what these runs were made, in a few words each: hostile clients, privacy, secret sums."""
+    secret = "secret sums" if any(run.config.get("secure") is not None for run in runs) else ""
+    return [words for words in (_hostile(runs), _private(runs), secret) if words]
+
+
+def _hostile(runs: Sequence[RunFolder]) -> str:
+    attacks = [(parse(run.config.get("attack")), trained(run.federation)) for run in runs]
+    found = sorted({(attack.count(clients), attack.name) for attack, clients in attacks if attack is not None})
+    return listed([f"{count} of them hostile ({name})" for count, name in found]) if found else ""
+
+
+def _private(runs: Sequence[RunFolder]) -> str:
+    spent = [
+        (epsilon, last_of(run, "privacy", "delta"))
+        for run in runs
+        if (epsilon := last_of(run, "privacy", "epsilon")) is not None
+    ]
+    if not spent:
+        return ""
+    epsilon, delta = max(spent)
+    return f"ε {epsilon:.3g} at δ {delta:g}"
+
+
+def guarded(facts: Facts) -> bool:
+    """Whether there is anything to say of trust."""
+    return bool(conditions(facts.runs)) or any(run.refused for run in facts.runs)
+
+
+def trust_section(facts: Facts, number: int) -> str:
+    """Section "Attack and privacy"."""
+    refused, private = any(run.refused for run in facts.runs), bool(_private(facts.runs))
+    columns = [Column("Method"), *([Column("Refused", "updates of a run")] if refused else [])]
+    columns += list(PRIVATE.values()) if private else []
+    rows = []
+    for entry in facts.entries:
+        count = fmean(len(run.refused) for run in entry.runs)
+        cells = [Cell(f"{count:,.0f}", count)] if refused else []
+        cells += [_cell(entry.last("privacy", key)) for key in PRIVATE] if private else []
+        rows.append((named(entry), cells))
+    inner = table("What every method refused and spent.", "Attack and privacy", columns, rows) if rows[0][1] else ""
+    inner += _reasons(facts.entries) if refused else ""
+    return section("trust", number, "Attack and privacy", finding(facts), inner + note(" ".join(_notes(facts))))
+
+
+def _cell(value: float | None) -> Cell:
+    return Cell(NONE, "") if value is None else Cell(f"{value:.3g}", value)
+
+
+def finding(facts: Facts) -> str:
+    """In a sentence, in HTML, what these runs were under."""
+    said = []
+    if words := _hostile(facts.runs):
+        said.append(f"Of {plural(facts.clients, 'client')}, {words.replace(' of them', ' are', 1)}")
+    if words := _private(facts.runs):
+        said.append(f"what the models tell of any one client is bounded by {words}")
+    if any(run.config.get("secure") is not None for run in facts.runs):
+        said.append("the server saw sums of updates alone")
+    if not said:
+        said.append("Some updates were not what they should be, and were left out")
+    text = "; ".join(said)
+    return escape(text[0].upper() + text[1:] + ".")
+
+
+def _notes(facts: Facts) -> list[str]:
+    found = []
+    if _hostile(facts.runs):
+        found.append("Hostile clients are not judged: no mean over clients, and no worst tenth, counts them.")
+    if any(run.refused for run in facts.runs):
+        found.append("A refused update changes nothing: the round is that of the others.")
+    if _private(facts.runs):
+        found.append(
+            "Differential privacy of clients, in simulation: ε is what whoever gets all models of a run may learn of "
+            "one client&rsquo;s taking part; methods without a value are not private. Noise is in multiples of the "
+            "clip, to which every update is shortened."
+        )
+    return found
+
+
+def _reasons(entries: Sequence[Entry]) -> str:
+    """Why updates were refused, the most frequent reasons first."""
+    found = Counter((e.name, str(line.get("field", "")), str(line["reason"])) for e in entries for r in e.runs
+                    for line in r.refused)  # fmt: skip
+    columns = [Column("Method"), Column("Field", css="l"), Column("Reason", css="l"), Column("Updates")]
+    rows = [
+        (escape(name), [Cell(escape(field), css="l"), Cell(escape(reason), css="l"), Cell(f"{count:,}", count)])
+        for (name, field, reason), count in found.most_common(REASONS)
+    ]
+    summary = f"Why, {'the most frequent' if len(found) > REASONS else 'all'} of {plural(len(found), 'reason')}"
+    return details(summary, table("Reasons of refusals.", "Reasons", columns, rows))
