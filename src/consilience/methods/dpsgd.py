@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import NoneType
+from types import NoneType, UnionType
 from typing import Literal, NamedTuple
 
 from consilience.core import tree as tr
@@ -78,7 +78,7 @@ class DPSGD(Method):
         """One training."""
         return self.one_fit(rows, steps) if phase.name == "train" else 0
 
-    def sends(self, phase: Phase) -> type:
+    def sends(self, phase: Phase) -> type | UnionType:
         """Nothing to the server."""
         return NoneType
 
@@ -116,9 +116,9 @@ class DPSGD(Method):
         params = state.model.params if state.change is None else tr.add(state.model.params, state.change)
         return Weights(params, state.model.buffers)
 
-    def global_model(self, server: Tree) -> None:
+    def global_model(self, server: Tree) -> Predictor | None:
         """There is none."""
-        return
+        return None
 
     def personal_model(self, site: Site, message: Tree, state: Node) -> Predictor:
         """The node's model, its last training included."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import NoneType, UnionType
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from annotated_types import Ge
 
@@ -67,7 +67,7 @@ class FinalMerge(DPSGD):
 
     def program(self) -> tuple[Phase, ...]:
         """D-PSGD's rounds; merging, up and down."""
-        when = At(self.merge_after) if self.merge_after else "end"
+        when: At | Literal["end"] = At(self.merge_after) if self.merge_after else "end"
         return (*super().program(), Phase("merge", when=when, asks=True), Phase("take", when=when, asks=True))
 
     def init_server(self, host: Host) -> Merged:
@@ -76,7 +76,10 @@ class FinalMerge(DPSGD):
 
     def broadcast(self, phase: Phase, server: Merged, client: ClientInfo) -> Tree:
         """The merged model, once there is one to take."""
-        return Broadcast(server.model) if phase.name == "take" else None
+        if phase.name != "take":
+            return None
+        assert server.model is not None
+        return Broadcast(server.model)
 
     def sends(self, phase: Phase) -> type | UnionType:
         """A model to merge; statistics, if there are any."""
