@@ -25,6 +25,7 @@ from consilience.core.predict import Predictor
 from consilience.core.run import run as run_loop
 from consilience.core.setup import Setup
 from consilience.core.site import Place
+from consilience.core.site import Topology as Graphs
 from consilience.core.snapshot import Snapshot
 from consilience.core.states import States
 from consilience.core.units import parse_bytes
@@ -47,6 +48,7 @@ from consilience.privacy.options import NONE, Privacy
 from consilience.schedule import names as schedules
 from consilience.schedule.buffered import Buffered
 from consilience.schedule.gossip import Gossip
+from consilience.schedule.rounds import Rounds
 from consilience.wire.adversary import Adversary, attacked
 from consilience.wire.adversary import parse as parse_attack
 from consilience.wire.decode import stages
@@ -181,6 +183,9 @@ def run(
         "schedule": schedule, "concurrency": concurrency, "over_selection": over_selection, "late": late,
     }  # fmt: skip
     found, rule = timing(worker, participation=participation, clock=clock, **when)  # type: ignore[arg-type]
+    if method.everybody:
+        whole = cohort_size(participation, federation.n_seen) == federation.n_seen
+        _check_everybody(method, whole and availability == "always" and not drops, rule, worker.place.topology)
     path = None if out is None else Path(out)
     cohort = cohort_size(participation, federation.n_seen)
     release = partial(privacy.release, worker, rule, rounds=rounds, cohort=cohort, available=availability == "always")
@@ -357,6 +362,19 @@ def _check_counts(rounds: int, participation: float, eval_every: int, eval_clien
         raise ConfigError(f"participation={participation}: a count is at least 1")
     if eval_every < 1 or eval_clients_every < 0:
         raise ConfigError("eval_every is at least 1 round, eval_clients_every at least 0 (0: only at the end)")
+
+
+def _check_everybody(method: Method, present: bool, rule: Schedule, topology: Graphs | None) -> None:
+    """Raise ConfigError if anybody can miss a round of a method that has to have everybody in it, or a message."""
+    if topology is not None and not topology.static:
+        raise ConfigError(
+            f"{method.name} with these options adds up what neighbours send: use a topology that stays the same"
+        )
+    if not present or not isinstance(rule, Rounds):
+        raise ConfigError(
+            f"{method.name} with these options takes every client in every round: use participation=1.0, "
+            "availability=always, drops=0 and schedule=rounds"
+        )
 
 
 def timing(

@@ -22,7 +22,19 @@ from consilience.core.encode import decode, encode, encoded_size
 from consilience.core.events import Decision, Instant
 from consilience.core.messages import Job, Trip
 from consilience.execute.ray import connected
-from consilience.methods import DPSGD, FedAdam, FedASMU, FedAvg, FedBuff, FedProx, FinalMerge, Scaffold, VarGossip
+from consilience.methods import (
+    DPSGD,
+    DProxSGT,
+    FedAdam,
+    FedASMU,
+    FedAvg,
+    FedBuff,
+    FedProx,
+    FinalMerge,
+    Scaffold,
+    Tracking,
+    VarGossip,
+)
 from consilience.schedule.immediate import Immediate
 from consilience.schedule.rounds import Rounds
 
@@ -53,6 +65,8 @@ class Spread(Instant):
 FIXTURES = {
     "fedem": Case(FedEM()),
     "dpsgd-ring": Case(DPSGD(), {"topology": "ring", "participation": 1.0}),
+    "tracking-semi": Case(Tracking(order="semi", local_steps=2), {"topology": "ring"}),
+    "dproxsgt-qsgd": Case(DProxSGT(compress="qsgd:4"), {"topology": "ring", "participation": 1.0}),
     "dpsgd-cta": Case(
         DPSGD(order="cta"), {"topology": "er:0.7", "availability": "bernoulli:0.7", "participation": 1.0}
     ),
@@ -80,6 +94,8 @@ COMPOSED = {
     "fedadam-qsgd": Case(FedAdam(compress="qsgd:4", weights="fedau", aggregator="median")),
     "fedprox-lowrank-ccvr": Case(FedProx(compress="ef:lowrank:2", then="ccvr:20", weights="fedce")),
     "fedbuff-bits": Case(FedBuff(buffer=2, compress="ef:bits:4", compress_down="bits:8")),
+    "scaffold-past": Case(Scaffold(client_momentum=0.9, aggregator="cclip"), {"attack": "ipm:0.2"}),
+    "fedavg-past-topk": Case(FedAvg(client_momentum=0.5, compress="ef21:topk:0.1", weights="fedce", buffers="local")),
     "fedprox-fedce-ccvr": Case(FedProx(weights="fedce", aggregator="median", then="ccvr:20")),
 }
 """Methods combined otherwise than they do themselves."""
@@ -122,6 +138,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "fedetf": {"personal_rounds": 2},
     "fedd2s": {"drop_every": 2},
     "fedins": {"entries": 4, "top": 2},
+    "fal": {"attack_steps": 2, "bounds": "0:1"},
 }
 """Options without which a method does not fit a federation of five clients, or a test, or shows less of its state."""
 MIXED = {"models": "mlp:16*0.5,logistic*0.5", "feature_dim": 8}
@@ -137,6 +154,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "scool": {"topology": "er:0.7", "participation": 1.0},
     "finalmerge": {"topology": "pull:0.5", "participation": 1.0},
     "vargossip": {"topology": "matching:ring", "participation": 1.0},
+    "tracking": {"topology": "er:0.7", "availability": "bernoulli:0.7", "participation": 1.0},
+    "dproxsgt": {"topology": "ring", "participation": 1.0},
 }
 """Options of a run with which a method shows what it is for."""
 PUBLIC: dict[str, Any] = {"public": 60}

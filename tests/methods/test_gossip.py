@@ -19,7 +19,7 @@ from consilience.core.exchange import Letter, opened, posted
 from consilience.core.messages import Device, Inbox, Job, Trip
 from consilience.core.model import Weights
 from consilience.fleet.varying import Topology
-from consilience.methods import DPSGD, MHD, FedAvg, FinalMerge, Local, SCooL, VarGossip
+from consilience.methods import DPSGD, MHD, DProxSGT, FedAvg, FinalMerge, Local, SCooL, VarGossip
 
 USUAL: dict[str, Any] = {"batch_size": 4, "lr": 0.1}
 N = 5
@@ -402,5 +402,7 @@ def test_who_cannot_gossip() -> None:
         run(SCooL(), schedule="gossip", topology="ring")
     with pytest.raises(ConfigError, match="fedavg has no messages"):
         run(FedAvg(), schedule="gossip")
+    with pytest.raises(ConfigError, match=r"dproxsgt with these options adds up .* stays the same"):
+        run(DProxSGT(compress="topk:0.5"), topology="onepeer")
     with pytest.raises(ConfigError, match="finalmerge has 3 phases that wait for each other"):
         run(FinalMerge(merge_after=2), schedule="gossip")

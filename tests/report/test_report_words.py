@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from consilience import methods
 from consilience.report.words import (
     MINUS,
     Scale,
@@ -60,3 +61,12 @@ def test_scales() -> None:
     assert Scale(lower=False).text(0.8593) == "85.9\u00a0%"
     assert Scale(lower=True).text(0.8593) == "0.859"
     assert Scale(lower=False).gap(-0.012) == "1.2\u00a0points"
+
+
+@pytest.mark.parametrize("name", methods.NAMES)
+def test_methods_are_spelled_as_their_classes(name: str) -> None:
+    """But for hyphens, letters that authors write large or small otherwise, and words left out."""
+    shown = display(name, name).replace("-", "").split()[0]
+    made = methods.get(name).__name__.replace("Momentum", "M")
+    assert shown.casefold() == made.casefold()
+    assert shown == made or shown.upper() == shown or shown[1:] == made[1:]

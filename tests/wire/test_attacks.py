@@ -16,7 +16,8 @@ from consilience.core.errors import ConfigError, ConsilienceError
 from consilience.core.events import Instant
 from consilience.core.messages import Job, ModelUpdate, Reply
 from consilience.core.model import Weights
-from consilience.methods import FedAvg, FedMD, FedProto, Scaffold
+from consilience.methods import DPSGD, FRL, FedAvg, FedMD, FedProto, Scaffold
+from consilience.privacy.options import Privacy
 from consilience.wire import attacks
 from consilience.wire.adversary import Adversary, Attack, attacked, parse, stamp
 from consilience.wire.attacks import Scene
@@ -225,3 +226,76 @@ def test_only_honest_clients_are_judged() -> None:
     honest = [row["accuracy"] for row in last if not row.get("hostile")]
     assert found.history[-1]["clients"]["mean"] == pytest.approx(float(np.mean(honest)), abs=1e-12)
     assert 0 <= found.history[-1]["attack"]["success"] <= 1
+
+
+def test_methods_without_a_server_are_not_attacked() -> None:
+    fed = consilience.make_federation("digits", clients=5, seed=0)
+    with pytest.raises(ConfigError, match="dpsgd has no server"):
+        consilience.run(DPSGD(), fed, attack="signflip:0.4", **USUAL)
+
+
+def distance(a: Any, b: Any) -> float:
+    """Of the parameters of two runs' global models."""
+    moved = tr.sub(a.server.model.params, b.server.model.params)
+    return math.sqrt(sum(float(p.double().square().sum()) for p in moved.values()))
+
+
+@pytest.mark.parametrize("mechanism", ["poisson", "fixed"])
+def test_clipping_comes_after_the_attack(mechanism: str) -> None:
+    """However large a lie, two of five clients move the mean by no more than 2 C each way."""
+    fed, one = consilience.make_federation("digits", clients=5, seed=0), {**USUAL, "rounds": 1, "eval_clients_every": 0}
+    private = Privacy(noise=0.0, clip="0.05", mechanism=mechanism)
+    plain = consilience.run(FedAvg(), fed, privacy=private, **one)
+    small, large = (
+        consilience.run(FedAvg(), fed, privacy=private, attack=f"signflip:0.4:{s}", **one) for s in (10.0, 1e6)
+    )
+    assert distance(plain, small) > 0
+    assert 0 < distance(plain, large) <= 2 / 5 * 2 * 0.05 * (1 + 1e-5)
+    assert distance(small, large) < 1e-6  # both lies are as long as they may be
+
+
+def test_an_attacked_private_run_has_the_same_bits_anywhere_and_pays_the_same() -> None:
+    fed = consilience.make_federation("digits", clients=5, seed=0)
+    private = Privacy(epsilon=8.0, delta=1e-3, mechanism="fixed")
+    kind: dict[str, Any] = {"privacy": private, "attack": "alie:0.4", "participation": 3}
+    whole = consilience.run(FedAvg(), fed, **kind, **USUAL)
+    assert (
+        consilience.run(FedAvg(), fed, **kind, **{**USUAL, "executor": "processes", "workers": 2}).digest
+        == whole.digest
+    )
+    honest = consilience.run(FedAvg(), fed, **{**kind, "attack": None}, **USUAL)
+    assert whole.digest != honest.digest
+    assert whole.history[-1]["privacy"] == honest.history[-1]["privacy"]
+
+
+def test_secret_sums_hide_lies_and_do_not_undo_them() -> None:
+    fed = consilience.make_federation("digits", clients=5, seed=0)
+    kind: dict[str, Any] = {"attack": "signflip:0.4", **USUAL}
+    plain = consilience.run(FedAvg(form="delta"), fed, **kind)
+    secret = consilience.run(FedAvg(form="delta"), fed, privacy=Privacy(secure=0.7), **kind)
+    assert distance(plain, secret) < 1e-4
+    assert distance(secret, consilience.run(FedAvg(form="delta"), fed, privacy=Privacy(secure=0.7), **USUAL)) > 1e-2
+
+
+def test_rankings_are_attacked_by_places() -> None:
+    """The way back is the reversed ranking; an inner product below 0 is the reverse of the honest vote."""
+    method = FRL()
+    at = worker(method)
+    server = method.init_server(at.host(0, "init"))
+    honest = method.broadcast(at.program[0], server, None)  # type: ignore[arg-type]
+    rng = np.random.default_rng(0)
+    sent = []
+    for _ in range(5):
+        ranks = {n: torch.from_numpy(rng.permutation(len(r))).to(r.dtype) for n, r in honest.ranks.items()}
+        sent.append(honest._replace(ranks=ranks))
+    stage, got = staged(method, "signflip", replies_of(sent))
+    for before, after in zip(sent, got, strict=True):
+        for name, r in before.ranks.items():
+            mine = after.job.client in stage.hostile
+            assert after.update.ranks[name].tolist() == (r.flip(0) if mine else r).tolist()
+            assert after.update.ranks[name].dtype == r.dtype
+    stage, got = staged(method, "ipm", replies_of(sent))
+    liar = min(stage.hostile)
+    for name in honest.ranks:
+        places = sum(sent[i].ranks[name].long().argsort() for i in range(5) if i not in stage.hostile)
+        assert torch.equal(places[got[liar].update.ranks[name].long()], places.sort(descending=True).values)

@@ -39,6 +39,8 @@ ALIGNMENT = 64
 """Bytes at a multiple of which torch lets tensors begin on a CPU."""
 MAX_DEPTH = 64
 """Deepest nesting that is written and read."""
+MAX_DIMS = 64
+"""Most dimensions of a tensor that is written and read."""
 
 
 class DecodeError(ValueError):
@@ -50,6 +52,8 @@ def _structure(tree: Tree, found: list[Tensor], depth: int = 0) -> Any:
     if isinstance(tree, Tensor):
         if tree.dtype not in _NAMES:
             raise TypeError(f"tensors of dtype {tree.dtype} cannot be written")
+        if tree.ndim > MAX_DIMS:
+            raise ValueError(f"a tensor has at most {MAX_DIMS} dimensions to be written; this one has {tree.ndim}")
         found.append(tree)
         return {"t": len(found) - 1}
     if type(tree) in _SCALARS:  # exactly: a numpy number would come back as another type
@@ -179,7 +183,13 @@ def decode(buffer: Any, *, copy: bool = True, limit: int | None = None) -> Tree:
     if copy:
         data = memory(len(view))
         data[:] = view
-    found = {name: _tensor(name, entry, data, base, len(view)) for name, entry in header.items()}
+    found: dict[str, Tensor] = {}
+    left = len(view) - base  # each byte is one tensor's, or many entries could make much of few bytes
+    for name, entry in header.items():
+        found[name] = tensor = _tensor(name, entry, data, base, len(view))
+        left -= tensor.nbytes
+        if left < 0:
+            raise DecodeError(f"tensor {name}: shares bytes with another")
     return _grow(structure, found, 0)
 
 
@@ -187,7 +197,8 @@ def _tensor(name: str, entry: Any, data: Any, base: int, size: int) -> Tensor:
     try:
         dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
         start, end = entry["data_offsets"]
-        good = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in [*shape, start, end])
+        few = isinstance(shape, list) and len(shape) <= MAX_DIMS
+        good = few and all(type(n) is int and n >= 0 for n in [*shape, start, end])
         count = math.prod(shape) if good else -1
     except (KeyError, TypeError, ValueError) as error:
         raise DecodeError(f"tensor {name}: a damaged description") from error

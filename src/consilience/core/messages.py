@@ -20,6 +20,7 @@ class Kind(enum.Enum):
     DELTA = "delta"
     CONTROL = "control"
     BUFFERS = "buffers"
+    RANKS = "ranks"
     STAT = "stat"
 
 
@@ -29,6 +30,8 @@ Delta = Annotated[Params, Kind.DELTA]
 """A difference of parameters, pointing downhill: the server adds it."""
 Control = Annotated[Params, Kind.CONTROL]
 """A control variate or momentum, shaped like parameters."""
+Ranks = Annotated[Params, Kind.RANKS]
+"""By parameter, a permutation of its numbers: which stands first, second, and so on."""
 Buffers = Annotated[Params, Kind.BUFFERS]
 """A model's buffers, sent beside a difference; they stay at the client where the policy is "local"."""
 Stat = Annotated[Tree, Kind.STAT]

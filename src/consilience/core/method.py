@@ -131,6 +131,8 @@ class Method(Training):
     """Why rows cannot be ordered, if they cannot: what the method does instead."""
     unstacked: ClassVar[str] = ""
     """Why clients that run in step cannot have their gradients computed together, if they cannot."""
+    compresses: ClassVar[bool] = False
+    """Whether the options for compression are the method's own business: it compresses what it sends as they say."""
 
     def __post_init__(self) -> None:
         for key, adapter in _validators(type(self)).items():  # type: ignore[arg-type]
@@ -178,6 +180,11 @@ class Method(Training):
     def program(self) -> tuple[Phase, ...]:
         """The phases of a round."""
         return (Phase("train"),)
+
+    @property
+    def everybody(self) -> bool:
+        """Whether every client has to take part in every round, since nobody may miss a message."""
+        return False
 
     def default_schedule(self) -> str:
         """The schedule to run with if none is asked for, as ``--schedule`` takes it."""

@@ -16,7 +16,7 @@ from consilience.core.federation import ClientData, Split, Task
 from consilience.core.fit import Batch, Fit, Loss, Plan, Step, Together, training
 from consilience.core.messages import Job, Score
 from consilience.core.model import Architecture, Instance, Pool, Weights
-from consilience.core.predict import Net, Predictor
+from consilience.core.predict import Net, Predictor, Scorer
 from consilience.core.streams import SERVER, Streams, torch_fork
 
 if TYPE_CHECKING:
@@ -27,6 +27,11 @@ __all__ = ["Batch", "Fit", "Host", "Loss", "Place", "Plan", "Site", "Step"]
 
 class Topology(Protocol):
     """Who exchanges with whom where there is no server."""
+
+    @property
+    def static(self) -> bool:
+        """Whether all rounds have the same weights."""
+        ...
 
     def at(self, round: int) -> Mapping[int, Mapping[int, float]]:
         """The mixing weights of a round, counted from 0, by client and neighbour, itself included. Rows sum to 1."""
@@ -199,6 +204,13 @@ class Site:
         with self._scope(), torch_fork(0), torch.no_grad():
             scorer = predictor.scorer(self)
             return torch.cat([scorer(chunk.x) for chunk in chunks(rows, self.place.chunk)])
+
+    @contextmanager
+    def lent(self, predictor: Predictor) -> Iterator[Scorer]:
+        """A predictor's function from a batch to scores, through which gradients of inputs can be taken. Parameters
+        take none; nothing is counted and no global stream moves."""
+        with self._scope(), torch_fork(0), self.uncounted():
+            yield predictor.scorer(self)
 
     def evaluate(self, predictor: Predictor | Weights | None, data: Split | None = None) -> Score:
         """Rows, mean loss and accuracy on ``data`` (the test rows), without side effects. No predictor: no rows."""

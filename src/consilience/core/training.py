@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, Lt
 
 
 class Search(NamedTuple):
@@ -56,6 +56,9 @@ class Training:
         "random", "who of a round's clients train: random (all), or curriculum or anti, :COUNT[:PACING][:ROUNDS:B]"
     )
     then: str = option("none", "after the last round: none, or ccvr[:M] (the head refitted on M virtual rows a class)")
+    client_momentum: Annotated[float, Ge(0), Lt(1)] = option(
+        0.0, "share of its past in the difference that a client sends: a momentum over rounds, against hostile clients"
+    )
     form: Literal["model", "delta"] = option("model", "clients send models or differences")
     buffers: Literal["average", "local"] = option("average", "BatchNorm statistics: averaged like weights, or kept")
     compress: str = option(

@@ -52,6 +52,8 @@ _WHERE = {
     "dpsgd": ("dpsgd", "DPSGD"),
     "finalmerge": ("finalmerge", "FinalMerge"),
     "vargossip": ("vargossip", "VarGossip"),
+    "tracking": ("tracking", "Tracking"),
+    "dproxsgt": ("dproxsgt", "DProxSGT"),
     "scool": ("scool", "SCooL"),
     "fedproto": ("fedproto", "FedProto"),
     "feddistill": ("feddistill", "FedDistill"),
@@ -90,6 +92,8 @@ _WHERE = {
     "fedrc": ("fedrc", "FedRC"),
     "cfl": ("cfl", "CFL"),
     "ahc": ("ahc", "AHC"),
+    "frl": ("frl", "FRL"),
+    "fal": ("fal", "FAL"),
 }
 
 NAMES = tuple(_WHERE)

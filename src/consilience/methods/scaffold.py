@@ -19,6 +19,7 @@ from consilience.core.reduce import weighted_sum
 from consilience.core.site import Host, Site
 from consilience.core.training import Search, option
 from consilience.core.tree import record
+from consilience.parts.directions import added
 
 
 @record
@@ -44,14 +45,6 @@ class Up(NamedTuple):
     delta: Delta
     control: Control
     buffers: Buffers
-
-
-def added(total: Params | None, direction: Params) -> Params:
-    """total + direction, in the memory of ``total``."""
-    if total is None:
-        return {name: d.clone() for name, d in direction.items()}
-    torch._foreach_add_(list(total.values()), list(direction.values()))
-    return total
 
 
 def _kept(params: Params, grad: Grad, batch: Batch, carry: None) -> tuple[Params, Params]:

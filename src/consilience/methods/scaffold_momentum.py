@@ -18,7 +18,8 @@ from consilience.core.reduce import weighted_sum
 from consilience.core.site import Host, Site
 from consilience.core.training import Search, option
 from consilience.core.tree import record
-from consilience.methods.scaffold import Scaffold, added
+from consilience.methods.scaffold import Scaffold
+from consilience.parts.directions import added
 from consilience.parts.local_steps import plain_sgd
 from consilience.parts.momentum import mixed, moved
 

@@ -231,7 +231,8 @@ class Compressed(Method):
 
     def outgoing(self, phase: Phase, site: Site, update: Tree, state: Remembers) -> tuple[Tree, Remembers]:
         """The update compressed, and what this leaves behind."""
-        names = squeezable(update)
+        update, own = super().outgoing(phase, site, update, state.own)
+        state, names = state._replace(own=own), squeezable(update)
         if self._up is None or not names:
             return update, state
         fields, memory = update._asdict(), dict(state.memory)

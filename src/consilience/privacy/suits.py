@@ -50,7 +50,7 @@ def no_difference(method: Method) -> str | None:
     """A field of the updates that is no difference, so that its length means nothing; None if all are."""
     made = method.sends(method.program()[0])
     assert isinstance(made, type)
-    return next((f for f, kind in kinds(made).items() if kind in (Kind.MODEL, Kind.STAT)), None)
+    return next((f for f, kind in kinds(made).items() if kind in (Kind.MODEL, Kind.RANKS, Kind.STAT)), None)
 
 
 def buffers_of(method: Method, place: Place) -> str | None:

@@ -14,6 +14,7 @@ from string import Template
 from consilience.report import answer
 from consilience.report.architectures import architectures, architectures_section
 from consilience.report.blob import page_blob
+from consilience.report.calibration import calibration_section, errors
 from consilience.report.certainty import certainty_section
 from consilience.report.clusters import clusters_section, personal
 from consilience.report.devices import devices_section
@@ -43,6 +44,7 @@ SECTIONS: list[tuple[str, str, Callable[[Facts, int], str]]] = [
     ("clients", "Who gains, who loses", clients_section),
     ("clusters", "Personal models and clusters", clusters_section),
     ("architectures", "Architectures", architectures_section),
+    ("calibration", "Calibration", calibration_section),
     ("groups", "Fairness between groups", groups_section),
     ("federation", "The federation", federation_section),
     ("devices", "Devices and time", devices_section),
@@ -110,6 +112,7 @@ def render(facts: Facts) -> str:
         "architectures": len(architectures(facts)) < 2,
         "clusters": not personal(facts),
         "devices": not timelines(facts),
+        "calibration": not errors(facts),
         "trust": not guarded(facts),
         "federation": "sizes" not in facts.federation,  # too many clients to draw
     }

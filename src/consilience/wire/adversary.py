@@ -144,7 +144,9 @@ class Adversary:
     """The stage between collecting and validation: hostile clients' updates become what the attack sends.
 
     Updates are looked at as vectors: differences as they are, models as differences from what the client would be sent
-    now, controls as they are; of updates without these, every floating number. Buffers and counts stay honest.
+    now, controls as they are, rankings as each number's place, from the middle on; of updates without these, every
+    floating number. A ranking is sent in the order of what the attack has made of places, so that the way back is the
+    reversed ranking. Buffers and counts stay honest.
     Colluders know updates of the same form as their own alone (another architecture's do not help them).
     """
 
@@ -230,11 +232,16 @@ class _View:
 
     def __init__(self, update: Tree, sent: Tree) -> None:
         self._zero = {name: _start(getattr(update, name), sent) for name in _attacked(update)}
+        self._ranks = {name for name in self._zero if kinds(type(update))[name] is Kind.RANKS}
         parts = [(name, *item) for name in self._zero for item in tr.items(_params(getattr(update, name)))]
-        chosen = [(name, path, t) for name, path, t in parts if isinstance(t, Tensor) and t.is_floating_point()]
+        chosen = [(name, path, t) for name, path, t in parts if self._counts(name, t)]
         self.form = tuple((name, path, t.shape, t.dtype) for name, path, t in chosen)
-        rows = [(t.double() - self._at(name, path)).flatten() for name, path, t in chosen]
+        rows = [(_places(t) if name in self._ranks else t.double() - self._at(name, path)).flatten()
+                for name, path, t in chosen]  # fmt: skip
         self.vector = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.float64)
+
+    def _counts(self, name: str, leaf: Any) -> bool:
+        return isinstance(leaf, Tensor) and (leaf.is_floating_point() or name in self._ranks)
 
     def _at(self, name: str, path: str) -> Tensor | float:
         start = self._zero[name]
@@ -250,9 +257,11 @@ class _View:
             def on(leaf: Any, name: str = name, paths: Any = paths) -> Any:
                 nonlocal rest
                 path = next(paths)
-                if not (isinstance(leaf, Tensor) and leaf.is_floating_point()):
+                if not self._counts(name, leaf):
                     return leaf
                 row, rest = rest[: leaf.numel()], rest[leaf.numel() :]
+                if name in self._ranks:
+                    return row.argsort(stable=True).to(leaf.dtype)
                 return (row.reshape(leaf.shape) + self._at(name, path)).to(leaf.dtype)
 
             old = getattr(update, name)
@@ -262,12 +271,18 @@ class _View:
 
 
 def _attacked(update: Tree) -> list[str]:
-    """The fields that attacks change: models, differences and controls, or else all that hold floating numbers."""
+    """The fields that attacks change: models, differences, controls and rankings, or else all that hold floating
+    numbers."""
     if not tr.is_record(update):
         return []
     types = kinds(type(update))
-    main = [name for name, kind in types.items() if kind in (Kind.MODEL, Kind.DELTA, Kind.CONTROL)]
+    main = [name for name, kind in types.items() if kind in (Kind.MODEL, Kind.DELTA, Kind.CONTROL, Kind.RANKS)]
     return main or [name for name, kind in types.items() if kind is Kind.STAT]
+
+
+def _places(ranking: Tensor) -> Tensor:
+    """The place of each number in a ranking, from the middle on."""
+    return ranking.long().argsort().double() - (len(ranking) - 1) / 2
 
 
 def _params(value: Tree) -> Tree:

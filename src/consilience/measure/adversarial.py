@@ -1,0 +1,145 @@
+"""How a model does on the worst inputs nearby: under PGD with restarts, which sees it, and Square, which asks it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from consilience.core.errors import ConfigError
+from consilience.core.federation import Split
+from consilience.core.streams import philox
+from consilience.parts.adversarial import Bounds, parse_bounds, worst
+
+Scores = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Robustness:
+    """Shares of rows that are still classified right: as they are, under PGD, under Square, and under both."""
+
+    rows: int
+    clean: float
+    pgd: float
+    square: float
+    both: float
+
+
+def robustness(
+    result: Any,
+    eps: float,
+    *,
+    rows: Split | None = None,
+    bounds: str = "0:1",
+    steps: int = 20,
+    restarts: int = 5,
+    queries: int = 1000,
+    seed: int = 0,
+) -> Robustness:
+    """The global model of a run (a ``Result``) on rows (the global test set) whose numbers may each be changed by eps.
+
+    A row counts under PGD if it withstands ``restarts`` attempts of ``steps`` steps of size 2.5 eps / steps, each from
+    a random place in the box (Madry et al., ICLR 2018, with their 2.5); under Square if it withstands ``queries``
+    questions. Rows that are wrong as they are count as wrong. Raises ConfigError where there is no global model, no
+    rows, or no images.
+    """
+    worker, predictor = result.worker, result.global_model
+    data, box = rows or worker.federation.test, parse_bounds(bounds)
+    if predictor is None or data is None or not len(data) or worker.federation.task.kind != "classification":
+        raise ConfigError("robustness is that of a global model that classifies, on a global test set or given rows")
+    if not 0 <= eps < math.inf or min(steps, restarts, queries) < 1:
+        raise ConfigError(
+            f"robustness: eps={eps:g} is 0 or more and finite; steps, restarts and queries are at least 1"
+        )
+    host = worker.host(0, "evaluate")
+    data = host.cast(data)
+    if data.x.ndim != 4:
+        raise ConfigError(
+            f"Square attacks images (channels, height, width); inputs here are of shape {tuple(data.x.shape[1:])}"
+        )
+    with host.lent(predictor) as scores:
+        clean = _right(scores, data.x, data.y)
+        pgd, square = clean.clone(), clean.clone()
+        for restart in range(restarts):
+            rng = philox(seed, "pgd", restart)
+            pgd &= _right(scores, pgd_inputs(host.task.losses, scores, data, eps, steps, box, rng), data.y)
+        found = square_inputs(scores, data.x[clean], data.y[clean], eps, queries, box, philox(seed, "square"))
+        square[clean] = _right(scores, found, data.y[clean])
+    shares = (float(part.double().mean()) for part in (clean, pgd, square, pgd & square))
+    return Robustness(len(data), *shares)
+
+
+def _right(scores: Scores, x: Tensor, y: Tensor) -> Tensor:
+    with torch.no_grad():
+        return scores(x).argmax(1) == y if len(x) else torch.zeros(0, dtype=torch.bool)
+
+
+def pgd_inputs(
+    losses: Callable[[Tensor, Tensor], Tensor], scores: Scores, data: Split, eps: float, steps: int, bounds: Bounds,
+    rng: np.random.Generator,
+) -> Tensor:  # fmt: skip
+    """The inputs of one attempt of PGD, ``(n, ...)``."""
+    start = torch.from_numpy(rng.uniform(-eps, eps, data.x.shape)).to(data.x.dtype)
+    return worst(
+        lambda x: losses(scores(x), data.y), data.x, start, eps=eps, size=2.5 * eps / steps, steps=steps, bounds=bounds
+    )
+
+
+SHRINK = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+"""Of 10,000 questions, those at which squares become half as large."""
+
+
+def share_of_square(question: int, questions: int, first: float = 0.8) -> float:
+    """The share of an image that the square of a question covers (the paper's schedule, stretched)."""
+    at = int(question / questions * 10_000)
+    return float(first / 2 ** sum(at > bound for bound in SHRINK))
+
+
+def square_inputs(
+    scores: Scores, x: Tensor, y: Tensor, eps: float, queries: int, bounds: Bounds, rng: np.random.Generator
+) -> Tensor:
+    """Images ``(n, channels, height, width)`` after ``queries`` questions to ``scores``, which gives no gradients:
+
+        at first vertical stripes of +-eps; then, in a square at a random place that gets smaller with time, each
+        channel goes up or down to the end of its box; kept where the margin s_y - max_{c != y} s_c becomes less
+
+    Source: Andriushchenko, Croce, Flammarion, Hein, "Square Attack: a query-efficient black-box adversarial attack via
+    random search", ECCV 2020 (largest norm). Deviation: every image is asked about as often, also once it is misled.
+    """
+    n, channels, height, width = x.shape
+    low = (x - eps).clamp(min=bounds.low).minimum(x)
+    high = (x + eps).clamp(max=bounds.high).maximum(x)
+
+    def signs(*shape: int) -> Tensor:
+        return torch.from_numpy(rng.integers(0, 2, shape) * 2.0 - 1).to(x.dtype)
+
+    best = torch.clamp(x + eps * signs(n, channels, 1, width), low, high)
+    least = _margins(scores, best, y)
+    rows, columns = torch.arange(height)[None, :, None], torch.arange(width)[None, None, :]
+    for question in range(1, queries):
+        side = max(1, round(math.sqrt(share_of_square(question, queries) * height * width)))
+        side = min(side, height, width)
+        top, left = (torch.from_numpy(rng.integers(0, m - side + 1, (n, 1, 1))) for m in (height, width))
+        inside = (rows >= top) & (rows < top + side) & (columns >= left) & (columns < left + side)
+        new = torch.where(inside[:, None], torch.clamp(x + eps * signs(n, channels, 1, 1), low, high), best)
+        margins = _margins(scores, new, y)
+        better = margins < least
+        best = torch.where(better[:, None, None, None], new, best)
+        least = torch.where(better, margins, least)
+    return best
+
+
+def _margins(scores: Scores, x: Tensor, y: Tensor) -> Tensor:
+    """How far the right class is in front, ``(n,)``."""
+    if not len(x):
+        return torch.zeros(0, dtype=x.dtype)
+    with torch.no_grad():
+        found = scores(x)
+    right = found.gather(1, y[:, None])
+    others = found.scatter(1, y[:, None], -torch.inf).amax(1)
+    return right[:, 0] - others
