@@ -17,7 +17,7 @@ from consilience.core.errors import CheckpointError, ConfigError, NeedsError, ne
 from consilience.core.evaluate import Evaluation
 from consilience.core.events import Clock, RealTime, Schedule, cohort_size
 from consilience.core.executor import Executor
-from consilience.core.federation import Federation
+from consilience.core.federation import Federation, Split
 from consilience.core.messages import Device, Refusal
 from consilience.core.method import Method
 from consilience.core.model import Architecture, Weights
@@ -275,6 +275,7 @@ def prepare(
         assigned = assign(models, federation, seed, feature_dim, devices)
     architectures = {own.name: own} | {a.name: a for a in assigned or ()}
     Offer(federation, architectures).check(method)
+    _check_operator(own, federation)
     if init is not None:
         _check_init(own, init)
     weights_of = None
@@ -320,7 +321,7 @@ class Offer:
             (needs.same_features and len(widths) == 1 and len(heads) > 1, "heads of one shape"),
             (needs.public_data and self.federation.public is None, "public data (--public N)"),
             (needs.classification and task.kind != "classification", "a classification task"),
-            (needs.loss and task.kind == "operator", "a task with a loss"),
+            (needs.loss and not task.minimises, "a task with a loss"),
         ]
         return [words for lacking, words in lacks if lacking]
 
@@ -344,6 +345,21 @@ class Offer:
                 f"{method.name} needs {' and '.join(lacks)}, which this federation does not offer\n"
                 f"methods that fit it: {', '.join(fit) or 'none'}"
             )
+
+
+def _check_operator(architecture: Architecture, federation: Federation) -> None:
+    """Raise ConfigError or DataError if the task has an operator that is of other parameters than this model's."""
+    operator = federation.task.operator
+    if operator is None or not federation.n_seen:
+        return
+    rows = federation.data(int(federation.seen[0])).train.rows(slice(0, 1))
+    module = architecture.build()
+    found = operator(module, Split(rows.x.to(architecture.dtype), rows.y))
+    missing = [name for name, p in module.named_parameters() if p.requires_grad and name not in found]
+    if missing:
+        raise ConfigError(
+            f"the task's operator says nothing of parameter '{missing[0]}' of model '{architecture.name}'"
+        )
 
 
 def _check_init(architecture: Architecture, init: Weights) -> None:

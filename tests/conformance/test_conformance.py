@@ -31,6 +31,7 @@ from consilience.methods import (
     FedBuff,
     FedProx,
     FinalMerge,
+    LocalGDA,
     Scaffold,
     Tracking,
     VarGossip,
@@ -65,6 +66,8 @@ class Spread(Instant):
 FIXTURES = {
     "fedem": Case(FedEM()),
     "dpsgd-ring": Case(DPSGD(), {"topology": "ring", "participation": 1.0}),
+    "adversary": Case(LocalGDA(variant="gt", local_steps=2), {"model": "mlp:16+adversary:0.5"}),
+    "svrg": Case(LocalGDA(variant="svrg", p=0.5), {"participation": 1.0}),
     "tracking-semi": Case(Tracking(order="semi", local_steps=2), {"topology": "ring"}),
     "dproxsgt-qsgd": Case(DProxSGT(compress="qsgd:4"), {"topology": "ring", "participation": 1.0}),
     "dpsgd-cta": Case(
@@ -139,6 +142,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "fedd2s": {"drop_every": 2},
     "fedins": {"entries": 4, "top": 2},
     "fal": {"attack_steps": 2, "bounds": "0:1"},
+    "onebyte": {"history": 1, "check_every": 1, "local_steps": 2},
 }
 """Options without which a method does not fit a federation of five clients, or a test, or shows less of its state."""
 MIXED = {"models": "mlp:16*0.5,logistic*0.5", "feature_dim": 8}
@@ -154,6 +158,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "scool": {"topology": "er:0.7", "participation": 1.0},
     "finalmerge": {"topology": "pull:0.5", "participation": 1.0},
     "vargossip": {"topology": "matching:ring", "participation": 1.0},
+    **{name: {"participation": 1.0} for name in ("localgda", "masha1", "masha2")},
     "tracking": {"topology": "er:0.7", "availability": "bernoulli:0.7", "participation": 1.0},
     "dproxsgt": {"topology": "ring", "participation": 1.0},
 }

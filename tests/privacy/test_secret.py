@@ -13,10 +13,15 @@ import torch
 
 from consilience.core import tree as tr
 from consilience.core.errors import ConfigError, ConsilienceError, NeedsError
+from consilience.core.messages import DeltaUpdate
 from consilience.methods import make
+from consilience.privacy.central import Central, State
+from consilience.privacy.clip import Clip, clipped
+from consilience.privacy.ledger import Ledger
+from consilience.privacy.mechanism import Fixed
 from consilience.privacy.options import Privacy
 from consilience.privacy.protocol import Client, Unmask, stream, total
-from consilience.privacy.secret import BITS, Secret, decode, encode
+from consilience.privacy.secret import BITS, Secret, decode, encode, rounding
 from consilience.privacy.shamir import join, split
 from consilience.simulate import Result, run
 
@@ -140,3 +145,79 @@ def test_what_cannot_be_summed_is_refused() -> None:
         Privacy(secure=0.5)
     with pytest.raises(ConsilienceError, match="are needed"):
         Secret(make("fedavg", {}), 1.0, {}, 0, lambda client: 1).sum({1: np.zeros(1, dtype=np.uint64)}, [1, 2], 2, 0)
+
+
+# --- with differential privacy ---------------------------------------------------------------------------------
+
+
+def both(noise: float | None = 0.0, **more: Any) -> Result:
+    """Four of six clients a round, secret sums with noise."""
+    private = Privacy(**{"noise": noise, "clip": "0.5", "mechanism": "fixed", "secure": 0.6, **more.pop("privacy", {})})
+    options: dict[str, Any] = {"participation": 4, "rounds": 2, "executor": "serial", "eval_clients_every": 0, **more}
+    return run(make("fedavg", {}), helpers.federation([8] * 6), model=helpers.LINEAR, privacy=private, **options)
+
+
+def params(result: Result) -> torch.Tensor:
+    return torch.cat([p.double().flatten() for p in result.server.model.params.values()])
+
+
+def test_private_sums_may_be_secret_as_well() -> None:
+    """Without noise the sums are those of the clipped updates, but for rounding; with it the cost is the same."""
+    secret, seen = both(), both(privacy={"secure": None})
+    assert 0 < float((params(secret) - params(seen)).abs().max()) < 1e-6
+    last = both(noise=None, privacy={"epsilon": 5.0, "delta": 1e-3}).history[-1]["privacy"]
+    alone = both(noise=None, privacy={"epsilon": 5.0, "delta": 1e-3, "secure": None}).history[-1]["privacy"]
+    assert last.pop("secure") == 0.6
+    assert last == alone
+
+
+@pytest.mark.parametrize("clip", ["adaptive:0.5:0.1", "layers:0.2", "0.1"])
+def test_such_a_run_has_the_same_bits_anywhere(clip: str) -> None:
+    once = both(noise=0.7, privacy={"clip": clip})
+    assert both(noise=0.7, privacy={"clip": clip}, executor="processes", workers=2).digest == once.digest
+    seen = both(noise=0.7, privacy={"clip": clip, "secure": None})
+    assert once.history[-1]["bytes_up"] != seen.history[-1]["bytes_up"]
+
+
+def test_the_noise_of_a_secret_sum_is_added_once() -> None:
+    """One round: what noise adds to the sum has standard deviation z C / m, whoever was lost."""
+    method = make("fedavg", {"form": "delta", "weights": "uniform"})
+    template = {"delta": {"p": torch.zeros(4000)}, "buffers": {}}
+    masked = Secret(method, 0.5, template, 0, lambda client: 1)
+    made = {
+        noise: Central(
+            DeltaUpdate, Fixed(6, 4, 3), Clip("flat", 0.5), noise, 1e-5, {"delta": 0.25, "buffers": 0.25}, template,
+            Ledger(), "secret", None, masked,
+        )
+        for noise in (0.0, 2.0)
+    }  # fmt: skip
+    rng = np.random.default_rng(0)
+    sent = [
+        helpers.reply(i, DeltaUpdate({"p": torch.from_numpy(rng.standard_normal(4000)).float()}, {})) for i in range(4)
+    ]
+    for left in (sent, sent[:3], sent[1:3]):
+        plain, noised = (c(left, [0, 1, 2, 3], 0, c.init()).update.delta["p"] for c in made.values())
+        naive = sum(r.update.delta["p"].double() / float(r.update.delta["p"].double().norm()) for r in left) * 0.5 / 4
+        torch.testing.assert_close(plain.double(), naive, rtol=0, atol=1e-7)
+        assert float((noised - plain).std()) == pytest.approx(2.0 * 0.5 / 4, rel=0.05)
+    with pytest.raises(ConsilienceError, match="1 of 4 clients left, 2 are needed"):
+        made[2.0](sent[:1], [0, 1, 2, 3], 0, State(0.5))
+
+
+def test_rounding_makes_nobody_longer_than_the_bound() -> None:
+    rng = np.random.default_rng(1)
+    for size, norm in ((1, 1e-3), (1000, 1e-2), (5000, 1.0)):
+        u = torch.from_numpy(rng.standard_normal(size)) * 100
+        (short,), _ = clipped([u], Clip("flat", norm), norm - rounding(size))
+        coded = decode(encode(short.numpy(), 5))
+        assert float(np.linalg.norm(coded)) <= norm
+        assert float(np.linalg.norm(coded - short.numpy())) <= rounding(size)
+
+
+def test_a_bound_below_rounding_and_cohorts_of_one_are_refused() -> None:
+    with pytest.raises(ConfigError, match="give fixed or tree"):
+        Privacy(noise=1.0, secure=0.7)
+    with pytest.raises(ConsilienceError, match="lost in the rounding"):
+        both(noise=1.0, privacy={"clip": "1e-9"})
+    with pytest.raises(ConfigError, match="one client's update hides nothing"):
+        both(noise=1.0, participation=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import random
@@ -61,7 +62,7 @@ def lied(data: bytes, other: bytes, rng: random.Random) -> bytearray:
         elif rng.random() < 0.1 and isinstance(container, list):
             container.extend(json.loads(json.dumps(container[:50])))
         else:
-            container[key] = rng.choice(LIES)
+            container[key] = copy.deepcopy(rng.choice(LIES))  # it may be lied about in turn
     if isinstance(header.get("__metadata__"), dict):
         header["__metadata__"]["tree"] = json.dumps(tree)
     text = json.dumps(header).encode()

@@ -57,7 +57,8 @@ class Task:
 
     classification: ``outputs`` classes, cross-entropy. regression: ``outputs`` targets, half the squared error.
     operator: no loss; ``operator(model, batch)`` gives a direction for every parameter by name (a game's or a
-    variational inequality's field), which training follows as it would a gradient.
+    variational inequality's field), which training follows as it would a gradient. A regression may have an operator
+    too: then it is followed, and the loss only judges how far outputs are from targets that are the solution.
     """
 
     kind: TaskKind
@@ -65,6 +66,11 @@ class Task:
     classes: tuple[str, ...] = ()
     sensitive: tuple[str, ...] = ()
     operator: Callable[[torch.nn.Module, Split], dict[str, Tensor]] | None = None
+
+    @property
+    def minimises(self) -> bool:
+        """Whether training is to make a loss small."""
+        return self.kind != "operator" and self.operator is None
 
     def losses(self, output: Tensor, y: Tensor) -> Tensor:
         """Loss of each row, shape ``(n,)``."""

@@ -131,8 +131,8 @@ class Method(Training):
     """Why rows cannot be ordered, if they cannot: what the method does instead."""
     unstacked: ClassVar[str] = ""
     """Why clients that run in step cannot have their gradients computed together, if they cannot."""
-    compresses: ClassVar[bool] = False
-    """Whether the options for compression are the method's own business: it compresses what it sends as they say."""
+    compresses: ClassVar[Literal["", "down", "both"]] = ""
+    """Which options for compression are the method's own business: ``compress_down`` or ``compress`` too."""
 
     def __post_init__(self) -> None:
         for key, adapter in _validators(type(self)).items():  # type: ignore[arg-type]

@@ -47,9 +47,9 @@ FASHION_FILES = {
 def load(name_or_path: str, *, seed: int = 0, clients: int = 10, **options: Any) -> RawData:
     """A data set by name, or a user's file or folder of client files.
 
-    Names: ``digits``, ``fashion-mnist[:FOLDER]``, ``adult``, ``synthetic[:ALPHA:BETA]``, ``quadratic[:SPREAD]``
-    (the last two are drawn for ``clients`` from ``seed``; the others are the same for every seed). ``options``
-    (target, task, sensitive) are for files, see :func:`~consilience.data.read.read_file`.
+    Names: ``digits``, ``fashion-mnist[:FOLDER]``, ``adult``, ``synthetic[:ALPHA:BETA]``, ``quadratic[:SPREAD]``,
+    ``bilinear[:MU:SPREAD]`` (the last three are drawn for ``clients`` from ``seed``; the others are always the same).
+    ``options`` (target, task, sensitive) are for files, see :func:`~consilience.data.read.read_file`.
     """
     name, _, rest = name_or_path.partition(":")
     if name in NAMES:
@@ -67,9 +67,9 @@ def load(name_or_path: str, *, seed: int = 0, clients: int = 10, **options: Any)
 
 
 def _by_name(name: str, rest: str, text: str, seed: int, clients: int) -> RawData:
-    from consilience.data import synthetic
+    from consilience.data import games, synthetic
 
-    if name in ("synthetic", "quadratic") and clients < 1:
+    if name in ("synthetic", "quadratic", "bilinear") and clients < 1:
         raise ConfigError(f"clients {clients} should be at least 1")
     if name == "synthetic":
         alpha, beta = synthetic.numbers(name, rest, "synthetic:ALPHA:BETA, both 0 or more", (1.0, 1.0))
@@ -77,6 +77,9 @@ def _by_name(name: str, rest: str, text: str, seed: int, clients: int) -> RawDat
     if name == "quadratic":
         (spread,) = synthetic.numbers(name, rest, "quadratic:SPREAD, 0 or more", (1.0,))
         return synthetic.quadratic(text, clients=clients, seed=seed, spread=spread)
+    if name == "bilinear":
+        mu, spread = synthetic.numbers(name, rest, "bilinear:MU:SPREAD, both 0 or more", (0.1, 1.0))
+        return games.bilinear(text, clients=clients, seed=seed, mu=mu, spread=spread)
     if name == "synthetic-ondemand":
         raise ConfigError("data 'synthetic-ondemand' exists only as a federation; use make_federation, or synthetic")
     if name == "fashion-mnist":
@@ -99,14 +102,14 @@ def make_federation(
 ) -> Federation:
     """The federation that ``--data``, ``--clients``, ``--partition`` and their kin describe.
 
-    Data that comes with owners (``synthetic``, ``quadratic``, a folder of client files) keeps them when the
-    partition is ``iid``; with another assignment its rows are pooled and dealt anew. The number of clients is the
+    Data that comes with owners (``synthetic``, ``quadratic``, ``bilinear``, a folder of client files) keeps them when
+    the partition is ``iid``; with another assignment its rows are pooled and dealt anew. The number of clients is the
     data's for a folder and for ``natural:COLUMN``, and the file's for a partition file. ``unseen`` is a fraction
     if a float, a count if an int. A partition file decides everything it holds, its split, public and unseen rows
     too. ``sensitive`` names columns to report by, the data set's own if empty. About a
     quadratic, ``federation.about["optimum"]`` holds the minimiser over the training clients' training rows.
     """
-    from consilience.data import synthetic
+    from consilience.data import games, synthetic
 
     fractions(split)
     name, _, rest = data.partition(":")
@@ -137,6 +140,8 @@ def make_federation(
     )
     if name == "quadratic":
         federation.about["optimum"] = synthetic.least_squares(federation)
+    if name == "bilinear":
+        games.solve(federation)
     return federation
 
 

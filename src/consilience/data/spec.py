@@ -14,7 +14,7 @@ from pathlib import Path
 
 from consilience.core.errors import ConfigError, nearest
 
-NAMES = ("digits", "fashion-mnist", "adult", "synthetic", "synthetic-ondemand", "quadratic")
+NAMES = ("digits", "fashion-mnist", "adult", "synthetic", "synthetic-ondemand", "quadratic", "bilinear")
 """Data sets that have a name. Here, because nothing slow is imported here."""
 
 _KIND = {

@@ -91,8 +91,8 @@ def _labels(federation: Federation, targets: list[NDArray[Any]]) -> tuple[list[I
     if task.kind == "classification":
         names = list(task.classes) or [str(k) for k in range(task.outputs)]
         return [y.astype(np.int64) for y in targets], names, False
-    if task.kind != "regression":
-        raise DataError(f"{federation.name}: a task of kind '{task.kind}' has no labels or targets to profile")
+    if not task.minimises:
+        raise DataError(f"{federation.name}: a game or variational inequality has no labels or targets to profile")
     value = np.concatenate(targets).astype(np.float64)
     line = value if value.ndim == 1 else principal(value)[1][:, 0].astype(np.float64)
     edges = np.unique(np.quantile(line, np.arange(1, BINS) / BINS))

@@ -55,6 +55,9 @@ _WHERE = {
     "tracking": ("tracking", "Tracking"),
     "dproxsgt": ("dproxsgt", "DProxSGT"),
     "scool": ("scool", "SCooL"),
+    "localgda": ("localgda", "LocalGDA"),
+    "masha1": ("masha", "Masha1"),
+    "masha2": ("masha", "Masha2"),
     "fedproto": ("fedproto", "FedProto"),
     "feddistill": ("feddistill", "FedDistill"),
     "lgfedavg": ("lgfedavg", "LGFedAvg"),
@@ -94,6 +97,8 @@ _WHERE = {
     "ahc": ("ahc", "AHC"),
     "frl": ("frl", "FRL"),
     "fal": ("fal", "FAL"),
+    "co2": ("co2", "CO2"),
+    "onebyte": ("onebyte", "OneByte"),
 }
 
 NAMES = tuple(_WHERE)

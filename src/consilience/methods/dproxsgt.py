@@ -87,7 +87,7 @@ class DProxSGT(Tracking):
     name = "dproxsgt"
     source = "Yan et al., ICML"
     year = 2023
-    compresses = True
+    compresses = "both"
 
     order: Literal["atc"] = option("atc", "directions are mixed first, then models")
     regularizer: str = option("l1:1e-4", "r: none, l1:LAM, l2:LAM or box:A:B")

@@ -5,25 +5,30 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import math
 import re
 
 from torch import nn
 
 from consilience.core.errors import ConfigError, nearest
 from consilience.core.model import Architecture, Factory, SplitModel, check_factory
-from consilience.models import frozen, small, vgg
+from consilience.models import frozen, players, small, vgg
 from consilience.models.adapters import Adapted
 
 _RESNETS, _VGGS = ("resnet8", "resnet14", "resnet20"), ("vgg5", "vgg8", "vgg11")
-NAMES = ("logistic", "mlp", "lenet", "cnn", *_RESNETS, "resnet8:batchnorm", *_VGGS, "frozen")
+NAMES = ("logistic", "linear", "mlp", "lenet", "cnn", *_RESNETS, "resnet8:batchnorm", *_VGGS, "frozen", "players")
 ADAPTER = "+adapter"
+ADVERSARY = re.compile(r"(.+)\+adversary(?::(.*))?")
 _FAMILY = {"mlp": "mlp", **dict.fromkeys(_RESNETS, "resnet"), **dict.fromkeys(_VGGS, "vgg")}
 """Families of models whose parts have common names."""
 
 
 def factory(name: str) -> Factory:
-    """How to make the model called ``name``; ``NAME+adapter`` has adapters. Raises ConfigError with the nearest right
-    name."""
+    """How to make the model called ``name``; ``NAME+adapter`` has adapters, ``NAME+adversary:RHO`` somebody who moves
+    inputs. Raises ConfigError with the nearest right name."""
+    opposed = ADVERSARY.fullmatch(name)
+    if opposed:
+        return functools.partial(players.Opposed, factory(opposed[1]), _strength(name, opposed[2]))
     if name.endswith(ADAPTER):
         return functools.partial(Adapted, factory(name.removesuffix(ADAPTER)))
     kind, _, detail = name.partition(":")
@@ -37,9 +42,11 @@ def factory(name: str) -> Factory:
         return functools.partial(small.MLP, widths=tuple(int(w) for w in (detail or "200").split("x")))
     plain: dict[str, Factory] = {
         "logistic": small.Linear,
+        "linear": small.Homogeneous,
         "lenet": small.LeNet,
         "cnn": small.CNN,
         "frozen": frozen.Frozen,
+        "players": players.Players,
         "vgg5": vgg.VGG,
         "vgg8": functools.partial(vgg.VGG, convolutions=2),
         "vgg11": functools.partial(vgg.VGG, convolutions=3),
@@ -56,10 +63,11 @@ def architecture(name: str, input_shape: tuple[int, ...], outputs: int) -> Archi
     Raises ConfigError.
     """
     whole, at, text = name.partition("@")
-    family = whole if whole.endswith(ADAPTER) else _FAMILY.get(whole.partition(":")[0], whole)
+    changed = whole.endswith(ADAPTER) or ADVERSARY.fullmatch(whole) is not None
+    family = whole if changed else _FAMILY.get(whole.partition(":")[0], whole)
     made = Architecture(name, factory(whole), input_shape, outputs, family=family)
-    if at and whole.endswith(ADAPTER):
-        raise ConfigError(f"model '{name}': a model with adapters has no nested widths")
+    if at and changed:
+        raise ConfigError(f"model '{name}': a model with adapters or an adversary has no nested widths")
     if not at:
         return made
     try:
@@ -72,9 +80,20 @@ def architecture(name: str, input_shape: tuple[int, ...], outputs: int) -> Archi
         return dataclasses.replace(made, name=whole)
     if whole == "frozen":
         raise ConfigError(f"model '{name}': frozen comes trained and cannot be cut")
-    if whole == "logistic":
-        raise ConfigError(f"model '{name}': logistic has no hidden layer to cut")
+    if whole in ("logistic", "linear"):
+        raise ConfigError(f"model '{name}': {whole} has no hidden layer to cut")
     return dataclasses.replace(made, factory=functools.partial(_cut, made.factory, rate), whole=whole, rate=rate)
+
+
+def _strength(name: str, text: str | None) -> float:
+    """The penalty on an adversary, 1 where none is said."""
+    try:
+        rho = 1.0 if text is None else float(text)
+    except ValueError:
+        rho = math.nan
+    if not 0 < rho < math.inf:
+        raise ConfigError(f"model '{name}': the adversary's penalty is a number above 0, as in mlp+adversary:0.5")
+    return rho
 
 
 def pooled(made: Architecture, width: int) -> Architecture:

@@ -35,6 +35,14 @@ class Linear(Nested):
         super().__init__(nn.Flatten(), nn.Linear(width, outputs), width)
 
 
+class Homogeneous(SplitModel):
+    """``linear``: as ``logistic``, without an intercept."""
+
+    def __init__(self, input_shape: tuple[int, ...], outputs: int) -> None:
+        width = math.prod(input_shape)
+        super().__init__(nn.Flatten(), nn.Linear(width, outputs, bias=False), width)
+
+
 class MLP(Nested):
     """``mlp``: hidden ReLU layers, by default one of 200."""
 

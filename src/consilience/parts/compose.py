@@ -66,9 +66,8 @@ def composed(method: Method) -> Method:
 
 def _compresses(method: Method) -> bool:
     """Whether anything of the method's messages is to be compressed. Raises ConfigError where it cannot be."""
-    if method.compresses:
-        return False
-    up, down = feedback.parse(method.compress), feedback.parse(method.compress_down, "--compress-down")
+    up = None if method.compresses == "both" else feedback.parse(method.compress)
+    down = None if method.compresses else feedback.parse(method.compress_down, "--compress-down")
     if up is None and down is None:
         return False
     if any(phase.over == "neighbours" for phase in method.program()):

@@ -104,7 +104,7 @@ class Compressed(Method):
 
     @functools.cached_property
     def _down(self) -> Scheme | None:
-        return parse(self.compress_down, "--compress-down")
+        return None if self.compresses else parse(self.compress_down, "--compress-down")
 
     # --- the server's half -------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from consilience.core.tree import record
 from consilience.privacy.clip import Clip, clipped
 from consilience.privacy.ledger import Ledger
 from consilience.privacy.mechanism import Mechanism, Tree
+from consilience.privacy.secret import Secret, rounding, traffic
 
 RATE = 0.2
 """Step size of the adaptive bound, in logarithms (the paper's)."""
@@ -54,6 +55,11 @@ class Central:
     of it. In simulation the secret is made of the run's seed, and whoever knows that can take the noise away: it
     measures what privacy costs and protects nobody.
 
+    masked: sums are secret too. The clipped updates go through the protocol of ``Secret`` as fixed-point numbers, whose
+    sum is exact, and the server adds the noise once, to that sum: it sees the sums of cohorts before noise, and no
+    single update. Rounding to multiples of 2^-24 makes a vector of d numbers longer by 2^-25 d^(1/2) at most, so it is
+    clipped to that much less. The count of short updates is one number more of the sum.
+
     Source: McMahan, Ramage, Talwar, Zhang, "Learning Differentially Private Recurrent Language Models", ICLR 2018
     (fixed denominator). Deviation: the noise is that of floating-point numbers, not of a discrete law.
     """
@@ -68,6 +74,7 @@ class Central:
     ledger: Ledger
     secret: str
     budget: float | None = None
+    masked: Secret | None = None
 
     def init(self) -> State:
         """The clip's first bound."""
@@ -78,14 +85,14 @@ class Central:
         return self.mechanism.draw(version, clients)
 
     def size(self, update: Any) -> int:
-        """Updates are sent as they are."""
-        return size_of(update)
+        """Updates are sent as they are, or masked."""
+        return size_of(update) if self.masked is None else self.masked.size(update)
 
     def report(self, version: int, state: State) -> Mapping[str, Any]:
         """What has been spent after ``version`` rounds, and with what."""
         return {
             "epsilon": self.epsilon(*self.ledger.spent(version - 1)), "delta": self.delta, "noise": self.noise,
-            "clip": state.norm,
+            "clip": state.norm, **({} if self.masked is None else self.masked.report(version, None)),
         }  # fmt: skip
 
     def epsilon(self, rounds: int, again: int) -> float:
@@ -94,7 +101,7 @@ class Central:
 
     def __call__(self, replies: Sequence[Reply], asked: Sequence[int], version: int, state: State) -> Released:
         """One private release."""
-        sums, short = self._sums(replies, state.norm)
+        sums, short = self._sums(replies, state.norm, asked, version)
         key = self._key(version, sums, short, state)
         self._spend(version, key, state.norm)
         nodes = state.nodes
@@ -108,24 +115,54 @@ class Central:
         else:
             signs = [(1.0, key)]
         update = {field: self._noised(field, part, state.norm, signs) for field, part in sums.items()}
-        return Released(self.made(**update), State(self._next(state.norm, short, key), nodes))
+        more = {} if self.masked is None else dict.fromkeys(sorted(asked), traffic(len(asked), len(replies)))
+        return Released(self.made(**update), State(self._next(state.norm, short, key), nodes), more)
 
-    def _sums(self, replies: Sequence[Reply], norm: float) -> tuple[Fields, float]:
+    def _sums(self, replies: Sequence[Reply], norm: float, asked: Sequence[int], version: int) -> tuple[Fields, float]:
         """The weighted sum of each field, and how many updates were at most ``norm`` long, less half of all."""
+        if self.masked is not None:
+            return self._masked(self.masked, replies, norm, asked, version)
         parts: list[Fields] = []
         short = 0.0
         for reply in replies:
-            fields: Fields = {name: getattr(reply.update, name) for name in self.template}
-            vector, within = clipped([leaf for part in fields.values() for leaf in part.values()], self.clip, norm)
+            vector, within = clipped(self._vector(reply), self.clip, norm)
             short += 0.5 if within else -0.5
-            left = iter(vector)
-            parts.append({name: {key: next(left) for key in part} for name, part in fields.items()})
+            parts.append(self._fields(vector))
         if not parts:
             return {name: tr.zeros_like(part) for name, part in self.template.items()}, 0.0
         return {
             name: weighted_sum([fields[name] for fields in parts], [self.weights[name]] * len(parts))
             for name in self.template
         }, short
+
+    def _masked(
+        self, masked: Secret, replies: Sequence[Reply], norm: float, asked: Sequence[int], version: int
+    ) -> tuple[Fields, float]:
+        """The same by secret sums: of the unweighted updates, since all weights are alike."""
+        like = [leaf for part in self.template.values() for leaf in part.values()]
+        bound = norm - rounding(sum(leaf.numel() for leaf in like))
+        if bound <= 0:
+            raise ConsilienceError(f"--dp-clip: a norm of {norm:g} is lost in the rounding of secret sums")
+        vectors = {}
+        for reply in replies:
+            vector, within = clipped(self._vector(reply), self.clip, bound)
+            numbers = [part.double().flatten().numpy() for part in vector]
+            vectors[reply.job.client] = np.concatenate([*numbers, [0.5 if within else -0.5]])
+        sums = masked.of(vectors, asked, version)
+        ends = np.cumsum([leaf.numel() for leaf in like])
+        rows = [torch.from_numpy(row).reshape(leaf.shape)
+                for row, leaf in zip(np.split(sums[:-1], ends[:-1]), like, strict=True)]  # fmt: skip
+        fields = self._fields(rows)
+        return {name: tr.scale(part, self.weights[name]) for name, part in fields.items()}, float(sums[-1])
+
+    def _vector(self, reply: Reply) -> list[Tensor]:
+        """An update's tensors, field by field."""
+        return [leaf for name in self.template for leaf in getattr(reply.update, name).values()]
+
+    def _fields(self, vector: Sequence[Tensor]) -> Fields:
+        """The way back."""
+        left = iter(vector)
+        return {name: {key: next(left) for key in part} for name, part in self.template.items()}
 
     def _key(self, version: int, sums: Fields, short: float, state: State) -> str:
         """What names a release and keys its noise: of a secret, the round, and everything that the noise covers or is

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from consilience.core import tree as tr
 from consilience.core.errors import ConfigError, NeedsError
@@ -20,12 +20,16 @@ from consilience.privacy.ledger import LEDGER, Ledger
 from consilience.privacy.mechanism import make, solved
 from consilience.schedule.rounds import Rounds
 
+if TYPE_CHECKING:
+    from consilience.privacy.secret import Secret
+
 
 @dataclass(frozen=True)
 class Privacy:
     """Options of privacy. epsilon: to be spent by the whole run at ``delta``; noise: or the noise multiplier itself.
     clip, mechanism: as in :func:`consilience.privacy.clip.parse` and :data:`consilience.privacy.mechanism.MECHANISMS`.
-    secure: sums are secret, and can be made as long as this share of the clients that were asked is left.
+    secure: sums are secret, and can be made as long as this share of the clients that were asked is left; with noise as
+    well, that is added to the sum.
 
     Raises ConfigError.
     """
@@ -53,8 +57,11 @@ class Privacy:
             raise ConfigError(
                 f"--secure {self.secure:g}: above 0.5, so that no two halves can be unmasked, and at most 1"
             )
-        if self.secure is not None and self.asked:
-            raise ConfigError("--secure and differential privacy do not go together yet: give one of them")
+        if self.secure is not None and self.asked and self.mechanism == "poisson":
+            raise ConfigError(
+                "--secure with differential privacy: a round of --dp-mechanism poisson may have a single client, and a "
+                "sum of one hides nothing; give fixed or tree"
+            )
 
     @property
     def asked(self) -> bool:
@@ -86,10 +93,9 @@ class Privacy:
         """The release of a run, checked against its method and schedule; None if nothing was asked for. available:
         whether all clients can always be reached. folder: where the ledger is kept."""
         method, place = worker.method, worker.place
-        if self.secure is not None:
-            return self._secret(worker, schedule, cohort)
+        masked = None if self.secure is None else self._secret(worker, schedule, cohort)
         if not self.asked:
-            return None
+            return masked
         why = suits.why_not(method, place)
         if why is not None:
             raise NeedsError(f"{method.name} {why}: it cannot run with differential privacy\n{fitting(True)}")
@@ -122,10 +128,10 @@ class Privacy:
         return Central(
             made, mechanism, clip, noise, self.delta, suits.weights(method, mechanism.cohort),
             suits.template(method, place), Ledger(None if folder is None else folder / LEDGER), f"seed {place.seed}",
-            self.epsilon,
+            self.epsilon, masked,
         )  # fmt: skip
 
-    def _secret(self, worker: Worker, schedule: Schedule, cohort: int) -> Release:
+    def _secret(self, worker: Worker, schedule: Schedule, cohort: int) -> Secret:
         """Secret sums."""
         method, place = worker.method, worker.place
         why = suits.why_not(method, place)

@@ -44,6 +44,11 @@ def decode(sums: np.ndarray) -> np.ndarray:
     return np.asarray(np.where(signed >= 2 ** (BITS - 1), signed - 2**BITS, signed) / 2.0**FRACTION)
 
 
+def rounding(numbers: int) -> float:
+    """By how much a vector of so many numbers may be longer than before it was encoded."""
+    return math.sqrt(numbers) * 2.0 ** -(FRACTION + 1)
+
+
 @dataclass(frozen=True)
 class Secret:
     """A core ``Release``: the x_i are the updates times their weights, as fixed-point numbers, and their sum is exact.
@@ -83,20 +88,22 @@ class Secret:
         """One secret sum."""
         if not replies:
             return Released(None, None)
-        ids = {client: i for i, client in enumerate(sorted(asked), 1)}
-        threshold = max(2, math.ceil(self.share * len(ids)))
-        given = self._weights(replies[0], {client: self.samples(client) for client in ids})
+        n, one = len(asked), replies[0].job.client
+        given = self._weights(replies[0], {client: self.samples(client) for client in asked})
         left = self._weights(replies[0], {reply.job.client: reply.samples for reply in replies})
         vectors = {
-            ids[r.job.client]: encode(
-                self._flat(r.update, {f: w[r.job.client] * len(ids) for f, w in given.items()}), len(ids)
-            )
-            for r in replies
+            r.job.client: self._flat(r.update, {f: w[r.job.client] * n for f, w in given.items()}) for r in replies
         }
-        sums = self.sum(vectors, sorted(ids.values()), threshold, version)
-        one = replies[0].job.client
-        update = self._update(decode(sums), {f: left[f][one] / given[f][one] / len(ids) for f in given})
-        return Released(update, None, dict.fromkeys(ids, _traffic(len(ids), len(vectors))))
+        sums = self.of(vectors, asked, version)
+        update = self._update(sums, {f: left[f][one] / given[f][one] / n for f in given})
+        return Released(update, None, dict.fromkeys(sorted(asked), traffic(n, len(vectors))))
+
+    def of(self, vectors: Mapping[int, np.ndarray], asked: Sequence[int], version: int) -> np.ndarray:
+        """The sum of clients' vectors of numbers, of those of ``asked`` who are left. Raises ConsilienceError."""
+        ids = {client: i for i, client in enumerate(sorted(asked), 1)}
+        threshold = max(2, math.ceil(self.share * len(ids)))
+        coded = {ids[client]: encode(vector, len(ids)) for client, vector in vectors.items()}
+        return decode(self.sum(coded, sorted(ids.values()), threshold, version))
 
     def sum(
         self, vectors: Mapping[int, np.ndarray], everybody: Sequence[int], threshold: int, version: int
@@ -152,7 +159,7 @@ class Secret:
         return made(**{f: tr.tree_map(partial(taken, scale=scales[f]), part) for f, part in self.template.items()})
 
 
-def _traffic(asked: int, sent: int) -> tuple[int, int]:
+def traffic(asked: int, sent: int) -> tuple[int, int]:
     """Bytes that a client sends and gets beside its vector: keys of all, boxes of shares, who is there, shares."""
     up = 2 * KEY + asked * SEALED + asked * SHARE
     down = asked * 2 * KEY + asked * SEALED + 4 * sent

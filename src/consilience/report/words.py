@@ -41,6 +41,9 @@ NAMES = {
     "dpsgd": "D-PSGD",
     "finalmerge": "Final merging",
     "vargossip": "Variance-corrected gossip",
+    "localgda": "local GDA",
+    "masha1": "MASHA1",
+    "masha2": "MASHA2",
     "tracking": "gradient tracking",
     "dproxsgt": "DProxSGT",
     "fedau": "FedAU",
@@ -74,6 +77,8 @@ NAMES = {
     "fedadp": "FedADP",
     "fedd2s": "FedD2S",
     "pfedgate": "pFedGate",
+    "frl": "FRL",
+    "fal": "FAL",
 }
 """Spellings that the rule of :func:`display` does not give."""
 
