@@ -83,6 +83,7 @@ def test_flower_builds_the_app(here: Path) -> None:
         ("deploy: {sites: [a], port: 3}\n", "deploy.port"),
         ("deploy: {sites: ['../a']}\n", "a site's name has letters"),
         ("deploy: {sites: [a]}\nfleet: phones\n", "fleet is for simulations"),
+        ('deploy: {sites: [a]}\nrow_noise: "1.0"\n', "row_noise comes from"),
         ("deploy: {sites: [a]}\nattack: alie:0.2\n", "attack is for simulations"),
         ("deploy: {sites: [a], test: gone.csv}\n", "gone.csv: no such file"),
         ("deploy: {sites: {a: nonsense}}\n", "not a public key"),

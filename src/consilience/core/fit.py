@@ -6,13 +6,14 @@ import itertools
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from consilience.core import optim, order
+from consilience.core.errors import ConfigError
 from consilience.core.federation import Split
 from consilience.core.gradient import Asker, Batch, Grad, Gradient, Loss, Models, Modules, Sharp, apart
 from consilience.core.model import Params, Weights
@@ -21,12 +22,38 @@ from consilience.core.tree import Tree
 if TYPE_CHECKING:
     from consilience.core.site import Site
 
-__all__ = ["Batch", "Fit", "Grad", "Loss", "Models", "Plan", "Step", "Together", "apart", "fit_samples", "n_steps"]
+__all__ = [
+    "Batch",
+    "Fit",
+    "Grad",
+    "Guard",
+    "Loss",
+    "Models",
+    "Plan",
+    "Step",
+    "Together",
+    "apart",
+    "fit_samples",
+    "n_steps",
+]
 __all__ += ["picked", "shuffled", "training"]
 
 
 Step = Callable[[Params, Grad, Batch, Tree], tuple[Params, Tree]]
 """``step(params, grad, batch, carry)`` -> (direction, carry). The direction points uphill, as a gradient does."""
+
+
+class Guard(Protocol):
+    """What stands between a client's rows and its training, where each row is to be hidden."""
+
+    def batches(self) -> Iterator[Tensor]:
+        """Row numbers of each step, without end."""
+        ...
+
+    def gradient(self, models: Modules, decay: float, clip: float | None, total: bool) -> Gradient:
+        """The ``grad`` that steps are given."""
+        ...
+
 
 Together = Callable[[Any], Any]
 """Asks for a gradient (:class:`~consilience.core.stack.Wanted`) that is computed together with those of others."""
@@ -141,8 +168,14 @@ def training(site: Site, weights: Any, plan: Plan) -> Generator[float, None, Fit
     loss = plan.loss or _task_loss(site, plan.sample_weight)
     named = optim.parse(name)
     added = decay if named.decays else 0.0  # other optimisers take it themselves
-    grad = Gradient(models, loss, operator, method.clip, added, plan.sum_gradients)
-    if site.together is not None and plan.loss is None and operator is None and models.single:
+    guard = method.guard(site, len(data))
+    if guard is None:
+        grad = Gradient(models, loss, operator, method.clip, added, plan.sum_gradients)
+    elif plan.loss is None and operator is None and plan.sample_weight is None and plan.batches is None:
+        grad = guard.gradient(models, added, method.clip, plan.sum_gradients)
+    else:
+        raise ConfigError(f"{method.name} has a loss or batches of its own, which row_noise does not hide")
+    if guard is None and site.together is not None and plan.loss is None and operator is None and models.single:
         grad.ask = _company(site, models, plan.sample_weight)
     rate = plan.lr if plan.lr is not None else method.rate(site.job.version)
     rates = rate if callable(rate) else lambda _: rate
@@ -152,8 +185,9 @@ def training(site: Site, weights: Any, plan: Plan) -> Generator[float, None, Fit
     around = Asker(grad, site.rng("probes", plan.purpose)) if named.asks else None
     asked = grad if named.sharp is None else Sharp(grad, named.sharp)
     batches: Iterator[Batch]
-    if plan.batches is not None:  # they may depend on what training has found so far, so none is taken ahead
-        batches = (next(_pick(data, [index])) for index in itertools.islice(plan.batches, total))
+    given = plan.batches if guard is None else guard.batches()
+    if given is not None:  # they may depend on what training has found so far, so none is taken ahead
+        batches = (next(_pick(data, [index])) for index in itertools.islice(given, total))
     else:
         batches = picked(data, _rows(site, weights, plan, len(data), batch_size, total), total, batch_size)
     key = site.streams.torch_seed("dropout", plan.purpose)

@@ -56,6 +56,9 @@ class Training:
         "random", "who of a round's clients train: random (all), or curriculum or anti, :COUNT[:PACING][:ROUNDS:B]"
     )
     then: str = option("none", "after the last round: none, or ccvr[:M] (the head refitted on M virtual rows a class)")
+    row_noise: str = option(
+        "none", "privacy of a client's rows: NOISE[:CLIP], noise multiplier and largest norm of a row's gradient"
+    )
     client_momentum: Annotated[float, Ge(0), Lt(1)] = option(
         0.0, "share of its past in the difference that a client sends: a momentum over rounds, against hostile clients"
     )

@@ -132,6 +132,8 @@ def make(run: RunSpec, section: Mapping[str, Any], where: str = "run.yaml") -> D
     if config.seeds != 1:
         raise ConfigError(f"{where}: a deployment is one run; leave out seeds")
     made = methods.make(run.method, run.options)
+    if made.row_noise != "none":
+        raise ConfigError(f"{where}: row_noise comes from the run's seed, which is for simulations yet; leave it out")
     schedule = config.schedule or made.default_schedule()
     if "%" in schedule:
         raise ConfigError(f"{where}: schedule {schedule}: a share of a simulated device's time; give seconds")

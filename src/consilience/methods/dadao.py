@@ -17,7 +17,7 @@ from consilience.core.messages import Inbox, Reply
 from consilience.core.method import Needs, Phase
 from consilience.core.model import Params, Weights
 from consilience.core.predict import Net, Predictor
-from consilience.core.site import Host, Site
+from consilience.core.site import Host, Place, Site
 from consilience.core.streams import Streams
 from consilience.core.training import Search, option
 from consilience.core.tree import Tree, record
@@ -104,14 +104,18 @@ class DADAO(Serverless):
         if self.smoothness <= self.convexity:
             raise ConfigError(f"dadao: smoothness {self.smoothness:g} should be above convexity {self.convexity:g}")
 
+    @property
+    def everybody(self) -> bool:
+        """Whose clock ticks has to be there, and the graph is to stay."""
+        return True
+
     def program(self) -> tuple[Phase, ...]:
         """Move on to the tick, and take the gradient if it is one; exchange."""
         return (Phase("tick"), Phase("exchange", over="neighbours"))
 
     def init_server(self, host: Host) -> Clock:
         """Who is connected."""
-        edges = _edges(host.place.topology or {})
-        return Clock(host.place.seed, tuple(sorted(host.place.topology or {})), edges)
+        return Clock(host.place.seed, *_graph(host.place))
 
     def select(self, server: Clock, view: Any) -> Sequence[int]:
         """Whose clock ticks."""
@@ -143,9 +147,8 @@ class DADAO(Serverless):
 
     def client_update(self, phase: Phase, site: Site, message: Tree, state: Node) -> tuple[None, Node]:
         """Move on to the tick; take the gradient if it is one."""
-        at, now = site.place, site.job.version
-        nodes, edges = tuple(sorted(at.topology or {})), _edges(at.topology or {})
-        ticks = [_tick(at.seed, nodes, edges, k) for k in range(state.touched + 1, now + 1)]
+        now, graph = site.job.version, _graph(site.place)
+        ticks = [_tick(site.place.seed, *graph, k) for k in range(state.touched + 1, now + 1)]
         state = self.moved(state, sum(tick.wait for tick in ticks))._replace(touched=now)
         if not ticks or ticks[-1].nodes != (site.id,):
             return None, state
@@ -188,10 +191,13 @@ class DADAO(Serverless):
         if not others:
             return state
         m = tr.sub(inbox.messages[site.id], others[0])
-        nodes, edges = tuple(sorted(site.place.topology or {})), _edges(site.place.topology or {})
-        chi1, _, rate = spread(nodes, edges)
+        chi1, _, rate = spread(*_graph(site.place))
         far = 2 * chi1 / rate * (2 * self.smoothness / self.convexity) ** 0.5
         return state._replace(z=tr.axpy(-0.5, m, state.z), z_far=tr.axpy(-far, m, state.z_far))
+
+    def node_model(self, state: Node) -> Weights:
+        """x_i."""
+        return Weights(state.x, state.buffers)
 
     def personal_model(self, site: Site, message: Tree, state: Node) -> Predictor:
         """x_i."""
@@ -207,8 +213,11 @@ def _combined(shares: Sequence[float], parts: Sequence[Params]) -> Params:
     return total
 
 
-def _edges(topology: Mapping[int, Mapping[int, float]]) -> Edges:
-    return tuple((i, j) for i in sorted(topology) for j in sorted(topology[i]) if i < j)
+def _graph(place: Place) -> tuple[tuple[int, ...], Edges]:
+    """Nodes, and edges between them."""
+    assert place.topology is not None
+    rows = place.topology.at(0)
+    return tuple(sorted(rows)), tuple((i, j) for i in sorted(rows) for j in sorted(rows[i]) if i < j)
 
 
 @functools.lru_cache(maxsize=8)

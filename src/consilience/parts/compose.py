@@ -22,12 +22,16 @@ from consilience.parts.compressed import Compressed
 from consilience.parts.history import Remembering
 from consilience.parts.weighed import Asked, Weighed
 from consilience.parts.weights import RULES
+from consilience.privacy import rows
 
 
 def composed(method: Method) -> Method:
     """The method as its options ``weights``, ``aggregator``, ``then`` and ``compress`` want it; itself if it does that
     already. Raises ConfigError where these do not fit."""
     mixins: list[type[Method]] = []
+    if not isinstance(method, rows.Guarded) and rows.parse(method.row_noise) is not None:
+        rows.check(method)
+        mixins.append(rows.Guarded)
     if not isinstance(method, Compressed) and _compresses(method):
         if feedback.parse(method.compress) is not None:
             method = _differing(method, "only differences are compressed")
@@ -104,13 +108,13 @@ def _made(mixins: tuple[type[Method], ...], base: type[Method], fields: dict[str
         name = "".join(m.__name__ for m in mixins) + base.__name__
         space: dict[str, Any] = {"__reduce__": lambda self: (_made, (mixins, base, _fields(self)))}
         space["__module__"] = base.__module__
-        outside = (Compressed, Remembering, Calibrated, Chosen)
+        outside = (rows.Guarded, Compressed, Remembering, Calibrated, Chosen)
         first = tuple(m for m in mixins if m in outside)
         needs = dataclasses.replace(base.needs, loss=True) if Chosen in first else base.needs
         if Calibrated in first:
             needs = dataclasses.replace(needs, split_model=True, classification=True)
         space["needs"] = needs
-        if mixins == (Remembering,) and sums_suffice(base(**fields)):
+        if Remembering in mixins and {*mixins} <= {Remembering, rows.Guarded} and sums_suffice(base(**fields)):
             space["sums"] = base.sums  # a momentum in the place of a difference changes nothing of what is wanted
         rest = mixins[len(first) :]
         parents: tuple[type, ...]

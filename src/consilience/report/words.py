@@ -40,6 +40,8 @@ NAMES = {
     "ditto": "Ditto",
     "dpsgd": "D-PSGD",
     "dadao": "DADAO",
+    "finalmerge": "Final merging",
+    "vargossip": "Variance-corrected gossip",
     "localgda": "local GDA",
     "masha1": "MASHA1",
     "masha2": "MASHA2",
