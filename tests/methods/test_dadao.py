@@ -120,7 +120,7 @@ def test_the_rate_is_that_of_the_theorem(mu: float) -> None:
     costs twice the gradients, where plain descent pays four times."""
     q = Quadratics(mu)
     ends = []
-    for rounds in (1500, 4500):
+    for rounds in (1000, 2500):
         found = run(DADAO(smoothness=L, convexity=mu, **FULL), q.fed, rounds)
         ends.append((found.history[-1]["method"]["time"], np.log(q.far(found))))
     slope = (ends[0][1] - ends[1][1]) / (ends[1][0] - ends[0][0])
