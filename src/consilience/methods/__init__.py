@@ -50,6 +50,8 @@ _WHERE = {
     "fedasmu": ("fedasmu", "FedASMU"),
     "fedcompass": ("fedcompass", "FedCompass"),
     "dpsgd": ("dpsgd", "DPSGD"),
+    "finalmerge": ("finalmerge", "FinalMerge"),
+    "vargossip": ("vargossip", "VarGossip"),
     "tracking": ("tracking", "Tracking"),
     "dproxsgt": ("dproxsgt", "DProxSGT"),
     "scool": ("scool", "SCooL"),
