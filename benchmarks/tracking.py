@@ -1,7 +1,7 @@
 """What tracking the gradient is worth among neighbours, and what compression leaves of it:
 ``python -m benchmarks.tracking``.
 
-Digits, 16 nodes on a ring, labels by Dirichlet 0.1 or two classes each, mlp of 64, three seeds, equal rounds and step
+Digits, 16 nodes on a ring, labels by Dirichlet 0.1 or two classes each, mlp of 64, five seeds, equal rounds and step
 size; every node's model is judged on the global test set, and so is the mean of them.
 
 Claim (Pu and Nedic; Yan et al.): with skewed data tracking removes the bias of D-PSGD, and compressed DProxSGT
@@ -30,7 +30,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "dproxsgt topk:0.3": ("dproxsgt", {"regularizer": "none", "compress": "topk:0.3"}),
 }
 PARTITIONS = ("dirichlet:0.1", "shards:2")
-ROUNDS, SEEDS, NODES = 60, 3, 16
+ROUNDS, SEEDS, NODES = 60, 5, 16
 
 
 def measure(name: str, partition: str, seed: int) -> dict[str, float]:
