@@ -1,11 +1,12 @@
 """What tracking the gradient is worth among neighbours, and what compression leaves of it:
-``python -m benchmarks.tracking``.
+``python benchmarks/tracking.py``.
 
 Digits, 16 nodes on a ring, labels by Dirichlet 0.1 or two classes each, mlp of 64, five seeds, equal rounds and step
 size; every node's model is judged on the global test set, and so is the mean of them.
 
-Claim (Pu and Nedic; Yan et al.): with skewed data tracking removes the bias of D-PSGD, and compressed DProxSGT
-keeps that at a fraction of the bytes. Results are kept in ``results/tracking.json``.
+Claims (Pu and Nedic; Yan et al.): with skewed data tracking removes the bias of D-PSGD, and compressed DProxSGT keeps
+that at a fraction of the bytes. A round of dproxsgt is one step, on all rows; of the others it is an epoch of steps.
+Results are kept in ``results/tracking.json``.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from kept import Kept
 
 import consilience
-from benchmarks.kept import Kept
 from consilience import methods
 from consilience.core.predict import Net
 

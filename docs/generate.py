@@ -44,6 +44,7 @@ def files() -> dict[Path, str]:
         "architectures": measured("architectures"),
         "compression": measured("compression"),
         "personalisation": measured("personalisation"),
+        "tracking": measured("tracking"),
         "privacy": measured("privacy"),
         "cluster": cluster(),
         "reproduction": reproduction(),
