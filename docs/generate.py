@@ -44,6 +44,7 @@ def files() -> dict[Path, str]:
         "architectures": measured("architectures"),
         "personalisation": measured("personalisation"),
         "privacy": measured("privacy"),
+        "attacks": measured("attacks"),
         "cluster": cluster(),
         "reproduction": reproduction(),
     }
