@@ -96,7 +96,9 @@ class Config(BaseModel):
     over_selection: float = Field(1.0, ge=1, description="times the cohort that a deadline's rounds ask")
     late: Literal["discard", "partial"] = Field("discard", description="at a deadline: drop late work, or cut it short")
     replay: str | None = Field(None, description="a deployment's arrivals.jsonl, to combine what came when it came")
-    topology: str = Field("complete", description="who exchanges with whom, for methods without a server")
+    topology: str = Field(
+        "complete", description="who exchanges with whom in which round, for methods without a server"
+    )
     mixing: Literal["metropolis", "uniform"] = Field("metropolis", description="weights of neighbours")
     attack: str | None = Field(
         None, description="NAME:FRACTION[:STRENGTH][:blind]: what hostile clients do, as alie:0.2"

@@ -15,7 +15,7 @@ from torch import Tensor
 from consilience.architectures import Model, assign, resolve
 from consilience.core.errors import CheckpointError, ConfigError, NeedsError, nearest
 from consilience.core.evaluate import Evaluation
-from consilience.core.events import Clock, Schedule, cohort_size
+from consilience.core.events import Clock, RealTime, Schedule, cohort_size
 from consilience.core.executor import Executor
 from consilience.core.federation import Federation, Split
 from consilience.core.messages import Device, Refusal
@@ -25,6 +25,7 @@ from consilience.core.predict import Predictor
 from consilience.core.run import run as run_loop
 from consilience.core.setup import Setup
 from consilience.core.site import Place
+from consilience.core.site import Topology as Graphs
 from consilience.core.snapshot import Snapshot
 from consilience.core.states import States
 from consilience.core.units import parse_bytes
@@ -36,7 +37,8 @@ from consilience.execute.shared import Temporary
 from consilience.execute.stacked import Stacked
 from consilience.fleet.clock import Fleet, make_devices, make_fleet
 from consilience.fleet.summary import describe
-from consilience.fleet.topology import summary
+from consilience.fleet.varying import Topology
+from consilience.fleet.varying import summary as topology_summary
 from consilience.folder import RunFolder, digest_text
 from consilience.measure.metrics import Standard
 from consilience.parts.compose import composed
@@ -45,6 +47,7 @@ from consilience.parts.split import head_of
 from consilience.privacy.options import NONE, Privacy
 from consilience.schedule import names as schedules
 from consilience.schedule.buffered import Buffered
+from consilience.schedule.gossip import Gossip
 from consilience.schedule.rounds import Rounds
 from consilience.wire.adversary import Adversary, attacked
 from consilience.wire.adversary import parse as parse_attack
@@ -182,7 +185,7 @@ def run(
     found, rule = timing(worker, participation=participation, clock=clock, **when)  # type: ignore[arg-type]
     if method.everybody:
         whole = cohort_size(participation, federation.n_seen) == federation.n_seen
-        _check_everybody(method, whole and availability == "always" and not drops, rule)
+        _check_everybody(method, whole and availability == "always" and not drops, rule, worker.place.topology)
     path = None if out is None else Path(out)
     cohort = cohort_size(participation, federation.n_seen)
     release = partial(privacy.release, worker, rule, rounds=rounds, cohort=cohort, available=availability == "always")
@@ -224,6 +227,7 @@ def run(
             evaluation=Evaluation(eval_every, eval_clients_every, eval_clients, worker.place.chunk),
             checkpoint_every=checkpoint_every,
             elapsed=spent,
+            gossip=isinstance(rule, Gossip),
         )
         keep_freed_memory()
         with single_thread():
@@ -236,7 +240,7 @@ def run(
     if recorder is not None:
         about = describe(found, federation, last.time) if isinstance(found, Fleet) else {}
         if worker.place.topology is not None:
-            about["topology"] = summary(topology, federation.n_seen, mixing, seed)
+            about["topology"] = topology_summary(topology, federation.n_seen, mixing, seed)
         recorder.finish(last, about)
     return Result(method, History(keeper.lines), keeper.clients, last, worker, keeper.dropped, path, keeper.timeline)
 
@@ -276,11 +280,7 @@ def prepare(
         _check_init(own, init)
     weights_of = None
     if any(phase.over == "neighbours" for phase in method.program()):
-        from consilience.fleet.topology import mixing as weights
-
-        ids = [int(client) for client in federation.seen]
-        rows = weights(topology, len(ids), mixing, seed)
-        weights_of = {ids[i]: {ids[j]: w for j, w in row.items()} for i, row in rows.items()}
+        weights_of = Topology(topology, tuple(int(client) for client in federation.seen), mixing, seed)
     place = Place(
         task=federation.task,
         method=method,
@@ -380,8 +380,12 @@ def _check_counts(rounds: int, participation: float, eval_every: int, eval_clien
         raise ConfigError("eval_every is at least 1 round, eval_clients_every at least 0 (0: only at the end)")
 
 
-def _check_everybody(method: Method, present: bool, rule: Schedule) -> None:
-    """Raise ConfigError if anybody can miss a round of a method that has to have everybody in it."""
+def _check_everybody(method: Method, present: bool, rule: Schedule, topology: Graphs | None) -> None:
+    """Raise ConfigError if anybody can miss a round of a method that has to have everybody in it, or a message."""
+    if topology is not None and not topology.static:
+        raise ConfigError(
+            f"{method.name} with these options adds up what neighbours send: use a topology that stays the same"
+        )
     if not present or not isinstance(rule, Rounds):
         raise ConfigError(
             f"{method.name} with these options takes every client in every round: use participation=1.0, "
@@ -416,7 +420,10 @@ def timing(
     if schedule is None and name.partition(":")[0] != "deadline":
         options.update(over_selection=1.0, late="discard")
     made = schedules.make(name, **options)
-    chains = [p for p in method.program() if p.over != "client" and p.when not in ("start", "end")]
+    linked = ("client", "neighbours") if isinstance(made, Gossip) else ("client",)
+    if isinstance(made, Gossip):
+        _check_gossip(method, clock)
+    chains = [p for p in method.program() if p.over not in linked and p.when not in ("start", "end")]
     if len(chains) > 1 and name.partition(":")[0] not in schedules.SYNCHRONOUS:
         raise ConfigError(
             f"{method.name} has {len(chains)} phases that wait for each other; it runs with --schedule "
@@ -425,6 +432,20 @@ def timing(
     if isinstance(made, Buffered) and made.buffer > clients:
         raise ConfigError(f"--schedule {name}: a buffer of {made.buffer} never fills with {clients} clients that train")
     return clock, made
+
+
+def _check_gossip(method: Method, clock: Clock) -> None:
+    """Raise ConfigError where nodes cannot gossip."""
+    if not method.gossips:
+        from consilience import methods
+
+        fit = [name for name, cls in methods.every().items() if cls.gossips]
+        raise ConfigError(
+            f"{method.name} has no messages that neighbours can mix at any time; --schedule gossip is for "
+            f"{', '.join(fit)}"
+        )
+    if isinstance(clock, RealTime):
+        raise ConfigError("--schedule gossip is for simulated devices; use rounds")
 
 
 def make_executor(name: str, worker: Worker, workers: int | None) -> Executor:

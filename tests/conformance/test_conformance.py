@@ -30,9 +30,11 @@ from consilience.methods import (
     FedAvg,
     FedBuff,
     FedProx,
+    FinalMerge,
     LocalGDA,
     Scaffold,
     Tracking,
+    VarGossip,
 )
 from consilience.schedule.immediate import Immediate
 from consilience.schedule.rounds import Rounds
@@ -71,6 +73,8 @@ FIXTURES = {
     "dpsgd-cta": Case(
         DPSGD(order="cta"), {"topology": "er:0.7", "availability": "bernoulli:0.7", "participation": 1.0}
     ),
+    "dpsgd-onepeer": Case(DPSGD(), {"topology": "onepeer*2,matching:ring", "participation": 4}),
+    "finalmerge-end": Case(FinalMerge(), {"topology": "none"}),
     "fedasmu-spread": Case(FedASMU(), {"schedule": Immediate(), "clock": Spread(), "participation": 3}),
 }
 LOCAL = {
@@ -109,6 +113,10 @@ SCHEDULES = {
     "tiered": Case(FedAvg(form="delta"), {**ROUGH, "schedule": "tiered:2", "availability": "markov:0.5:0.2"}),
     "compass": Case(FedAvg(form="delta"), {**ROUGH, "schedule": "compass:2:8:1.2", "participation": 1.0}),
     "async": Case(FedAvg(form="delta"), {**ROUGH, "schedule": "async", "availability": "markov:0.5:0.2"}),
+    "gossip": Case(
+        VarGossip(), {**ROUGH, "schedule": "gossip", "availability": "markov:0.5:0.2", "topology": "onepeer"}
+    ),
+    "gossip-all": Case(DPSGD(), {"fleet": "phones", "schedule": "gossip", "topology": "ring", "participation": 1.0}),
 }
 SMALL: dict[str, dict[str, Any]] = {
     "fedbuff": {"buffer": 2},
@@ -117,6 +125,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "cfl": {"wait": 1, "eps1": 9.0, "eps2": 0.0},
     "ahc": {"wait": 1, "every": 1, "cut": 0.0},
     "scool": {"settle": 2, "keep": 0.6},
+    "finalmerge": {"merge_after": 2},
     "feddistill": {"exclude_own": True},
     "fedtgp": {"server_epochs": 2},
     "feddf": {"server_steps": 3},
@@ -148,9 +157,12 @@ RUNS: dict[str, dict[str, Any]] = {
     "fedd2s": {"model": "mlp:16x12"},
     "mhd": {**MIXED, "topology": "ring", "participation": 1.0},
     "scool": {"topology": "er:0.7", "participation": 1.0},
+    "finalmerge": {"topology": "pull:0.5", "participation": 1.0},
+    "vargossip": {"topology": "matching:ring", "participation": 1.0},
     **{name: {"participation": 1.0} for name in ("localgda", "masha1", "masha2")},
     "tracking": {"topology": "er:0.7", "availability": "bernoulli:0.7", "participation": 1.0},
     "dproxsgt": {"topology": "ring", "participation": 1.0},
+    "sgc": {"participation": 1.0, "availability": "bernoulli:0.9"},
 }
 """Options of a run with which a method shows what it is for."""
 PUBLIC: dict[str, Any] = {"public": 60}

@@ -93,6 +93,10 @@ def test_a_topology_is_told(make_run: Make) -> None:
                          "spectral_gap": 0.3333}  # fmt: skip
     (folder / "fleet.json").write_text(json.dumps(about))
     assert "topology ring, 6 edges, 2 neighbours each, spectral gap 0.333." in write_report(folder).read_text()
+    about["topology"] |= {"topology": "ring,none", "rounds": 2, "least_degree": 0, "parts": 2}
+    (folder / "fleet.json").write_text(json.dumps(about))
+    told = "topology ring,none, 6 edges in 2 rounds, 0 to 2 neighbours each in one, spectral gap 0.333, in 2 parts that"
+    assert told in write_report(folder).read_text()
 
 
 def test_no_section_without_virtual_time(make_run: Make) -> None:

@@ -26,6 +26,7 @@ from consilience.methods import DPSGD, FedAvg, FedProx, Scaffold
 from consilience.schedule.buffered import Buffered
 from consilience.schedule.compass import Compass
 from consilience.schedule.deadline import Deadline
+from consilience.schedule.gossip import Gossip
 from consilience.schedule.immediate import Immediate
 from consilience.schedule.interval import Interval
 from consilience.schedule.names import NAMES, make
@@ -276,7 +277,7 @@ def test_nobody_comes_back() -> None:
 @pytest.mark.parametrize(
     "text",
     ["round", "rounds:3", "deadline", "deadline:0", "deadline:-1", "deadline:soon", "deadline:inf", "buffered:0",
-     "buffered:1.5", "interval:0%", "tiered:", "compass:5", "compass:9:3:1", "compass:2:3:0.5", "async:4"],
+     "buffered:1.5", "interval:0%", "tiered:", "compass:5", "compass:9:3:1", "compass:2:3:0.5", "async:4", "gossip:3"],
 )  # fmt: skip
 def test_bad_schedules(text: str) -> None:
     with pytest.raises(ConfigError) as found:
@@ -288,8 +289,9 @@ def test_names() -> None:
     assert make("deadline:2.5", over_selection=1.3, late="partial") == Deadline(2.5, None, 1.3, "partial")
     assert make("interval:50%", concurrency=3) == Interval(None, 0.5, 3)
     assert make("compass:2:8:1.5") == Compass(2, 8, 1.5)
+    assert make("gossip", concurrency=3) == Gossip(3)
     assert {name.partition(":")[0] for name in NAMES} == {
-        "rounds", "deadline", "buffered", "interval", "tiered", "async", "compass"
+        "rounds", "deadline", "buffered", "interval", "tiered", "async", "compass", "gossip"
     }  # fmt: skip
     for options in ({"over_selection": 2.0}, {"late": "partial"}, {"concurrency": 3}):
         with pytest.raises(ConfigError, match="is for"):

@@ -12,10 +12,13 @@ from torch import Tensor
 from consilience.core.executor import Executor
 from consilience.core.federation import Federation, Task
 from consilience.core.messages import Job, Score
+from consilience.core.model import Params, Weights
+from consilience.core.predict import Net
+from consilience.core.reduce import uniform_weights, weighted_sum
 from consilience.core.snapshot import Totals
 from consilience.core.streams import philox
 from consilience.core.tree import Tree
-from consilience.core.worker import Call, row_ranges
+from consilience.core.worker import Call, Kept, row_ranges
 
 
 class Measures(Protocol):
@@ -61,6 +64,7 @@ class Line:
     record: dict[str, Any]
     chunks: Sequence[int]
     triggered: Sequence[int]
+    merged: Sequence[int]
     judged: Sequence[tuple[Job, int | None]]
     pairs: Mapping[int, tuple[Score, Score]]
     full: bool
@@ -116,6 +120,12 @@ class Judge:
             stamped = row_ranges(self.federation, self.evaluation.chunk, triggered=True)
             calls = [Call("chunk", (*rows, True), predictor, rows[1] - rows[0]) for rows in stamped]
             triggered = [self.executor.begin(call) for call in calls]
+        merged, consensus = self._merged()
+        nodes: list[int] = []
+        if merged is not None and self.federation.task.kind != "operator":
+            ranges = row_ranges(self.federation, self.evaluation.chunk)
+            nodes = [self.executor.begin(Call("chunk", rows, Net(merged), rows[1] - rows[0])) for rows in ranges]
+            record = {**record, "merged": {"consensus": consensus}}
         last = version == self.rounds
         judged: list[tuple[Job, int | None]] = []
         for client in self.clients() if full else []:
@@ -125,19 +135,17 @@ class Judge:
                 ticket = self.executor.judge(asked, message(client), train=train)
             judged.append((asked, ticket))
         paid = {asked.client: spent.get(asked.client, Totals()) for asked, _ in judged}
-        return Line(record, chunks, triggered, judged, pairs if full else {}, full, last, paid)
+        return Line(record, chunks, triggered, nodes, judged, pairs if full else {}, full, last, paid)
 
     def finish(self, line: Line) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """The line of history, and a line per judged client."""
         record = dict(line.record)
-        test = self.federation.test
-        if line.chunks and test is not None:
-            parts = self.executor.finish(line.chunks)
-            scores = torch.cat([part.scores for part in parts])
-            loss = sum(part.loss for part in parts) / len(test)
-            record["global"] = self.measures.of_global(
-                self.federation.task, scores, test.y, loss, line.full, test.sensitive
-            )
+        if line.chunks:
+            record["global"] = self._of_test(line.chunks, line.full)
+        if line.merged:
+            of = self._of_test(line.merged, False)
+            kept = {key: of[key] for key in ("accuracy", "loss", "rmse") if key in of}
+            record["merged"] = {**kept, **record["merged"]}
         wrong = self.federation.triggered
         if line.triggered and wrong is not None:
             scores = torch.cat([part.scores for part in self.executor.finish(line.triggered)])
@@ -158,6 +166,27 @@ class Judge:
         if counts:
             record["clients"]["groups"] = self.measures.between_groups(self.federation.task, counts)
         return record, rows
+
+    def _of_test(self, chunks: Sequence[int], full: bool) -> dict[str, Any]:
+        """Measures of a predictor on the global test set, from the tickets of its chunks."""
+        test = self.federation.test
+        assert test is not None
+        parts = self.executor.finish(chunks)
+        scores = torch.cat([part.scores for part in parts])
+        loss = sum(part.loss for part in parts) / len(test)
+        return self.measures.of_global(self.federation.task, scores, test.y, loss, full, test.sensitive)
+
+    def _merged(self) -> tuple[Weights | None, float]:
+        """The mean of the models of nodes without a server, and the sum of their squared distances from it."""
+        if self.place.topology is None:
+            return None, 0.0
+        states = [state for _, state in sorted(self.executor.states().items())]
+        own = [state.state if isinstance(state, Kept) else state for state in states]
+        models = [model for model in map(self.place.method.node_model, own) if model is not None]
+        if not models:
+            return None, 0.0
+        mean: Weights = weighted_sum(models, uniform_weights(len(models)))
+        return mean, sum(_apart(model.params, mean.params) for model in models)
 
     def _counts(self, client: int) -> bool:
         """Whether a client is among those that measures over clients are of: it may train, and is not hostile."""
@@ -254,3 +283,8 @@ class Judge:
 def _value(score: Score) -> float:
     """Accuracy, or the loss where there is none."""
     return score.loss if score.accuracy is None else score.accuracy
+
+
+def _apart(a: Params, b: Params) -> float:
+    """The squared distance, summed in float64."""
+    return sum(float((a[name].double() - b[name].double()).square().sum()) for name in a)

@@ -109,16 +109,19 @@ class Executor(ABC):
 
     def exchange(self, jobs: Sequence[Job]) -> dict[int, Tree]:
         """What the nodes of these jobs send to their neighbours, by client id."""
-        tickets = [self.begin(Call("send", (job, self._states.pin(job.client)))) for job in jobs]
+        tickets = [self.begin(Call("send", (job, self._state(job)))) for job in jobs]
         return {job.client: sent for job, sent in zip(jobs, self.finish(tickets), strict=True)}
 
     def mix(self, jobs: Sequence[Job], inboxes: Sequence[Tree]) -> None:
         """Let nodes combine what they have got; their new states are pending from now on."""
-        calls = [
-            Call("mix", (job, inbox, self._states.pin(job.client))) for job, inbox in zip(jobs, inboxes, strict=True)
-        ]
+        calls = [Call("mix", (job, inbox, self._state(job))) for job, inbox in zip(jobs, inboxes, strict=True)]
         for job, state in zip(jobs, self.finish([self.begin(call) for call in calls]), strict=True):
             self._pending[job.id] = state
+
+    def _state(self, job: Job) -> Tree:
+        """A node's state: what an earlier phase of this job has made of it, or the committed one."""
+        made = self._pending.get(job.id)
+        return self._states.pin(job.client) if made is None else made
 
     def judge(self, job: Job, message: Tree, *, train: bool) -> int:
         """Queue the evaluation of a client's deployed model; returns its ticket."""

@@ -42,18 +42,25 @@ class Coin:
 
 
 @dataclass(frozen=True)
+class At:
+    """A phase of one round, counted from 1."""
+
+    round: int
+
+
+@dataclass(frozen=True)
 class Phase:
     """One broadcast, one client function, one combination.
 
     over: "cohort": all clients of the round, then the server combines. "client": goes on from the phase before
     for that client alone, with a broadcast built at the virtual instant at which its job asks for it.
     "neighbours": an exchange along the topology without a server. when: "round" (every round), "start" (before
-    the first), "end" (after the last), or a Coin. asks: clients only answer the server, and do not train.
+    the first), "end" (after the last), At one round, or a Coin. asks: clients only answer the server, and do not train.
     """
 
     name: str
     over: Literal["cohort", "client", "neighbours"] = "cohort"
-    when: Literal["round", "start", "end"] | Coin = "round"
+    when: Literal["round", "start", "end"] | Coin | At = "round"
     asks: bool = False
 
     @property
@@ -118,6 +125,8 @@ class Method(Training):
     """Whether ``aggregate`` weighs by :meth:`shares`, so that a rule may give the weights."""
     takes_aggregator: ClassVar[bool] = False
     """Whether ``aggregate`` may be given one update in the place of several, though it wants more than their sums."""
+    gossips: ClassVar[bool] = False
+    """Whether a node may mix what neighbours sent in rounds of their own, whenever it has come."""
     own_batches: ClassVar[str] = ""
     """Why rows cannot be ordered, if they cannot: what the method does instead."""
     unstacked: ClassVar[str] = ""
@@ -335,6 +344,11 @@ class Method(Training):
     def mix(self, phase: Phase, site: Site, state: Tree, inbox: Inbox) -> Tree:
         """A node's state after what it has got, itself included."""
         raise NotImplementedError(f"{self.name} has a phase among neighbours but no mix")
+
+    def node_model(self, state: Tree) -> Weights | None:
+        """A node's own model, where all nodes have the same architecture: the mean of nodes' models, and how far they
+        are from it, are judged beside them. None where there is no such model."""
+        return None
 
     # --- what would be deployed --------------------------------------------------------------------------------
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from consilience.core.errors import ConfigError
-from consilience.core.method import Coin, Phase
+from consilience.core.method import At, Coin, Phase
 from consilience.core.streams import philox
 
 
 class Program:
-    """A method's phases, and their chains: each "client" phase with the one that it continues. Raises ConfigError."""
+    """A method's phases, and their chains: each "client" phase with the one that it continues; in gossip, where nobody
+    waits for all others, each phase among neighbours too. Raises ConfigError."""
 
-    def __init__(self, phases: Sequence[Phase], seed: int) -> None:
+    def __init__(self, phases: Sequence[Phase], seed: int, gossip: bool = False) -> None:
         self.phases, self._seed = phases, seed
-        self.chains = _chains(phases)
+        self.chains = _chains(phases, ("client", "neighbours") if gossip else ("client",))
 
     @property
     def first(self) -> int:
@@ -32,16 +33,18 @@ class Program:
     def _happens(self, phase: Phase, version: int) -> bool:
         if isinstance(phase.when, Coin):
             return bool(philox(self._seed, "coin", phase.name, version).random() < phase.when.p)
+        if isinstance(phase.when, At):
+            return phase.when.round == version + 1
         return phase.when == "round"
 
 
-def _chains(program: Sequence[Phase]) -> list[tuple[int, ...]]:
-    """Phases grouped so that each "client" phase follows the one it continues."""
+def _chains(program: Sequence[Phase], linked: Sequence[str]) -> list[tuple[int, ...]]:
+    """Phases grouped so that each one over what is ``linked`` follows the one it continues."""
     chains: list[tuple[int, ...]] = []
     for i, phase in enumerate(program):
-        if phase.over == "client":
+        if phase.over in linked:
             if not chains:
-                raise ConfigError("a program cannot begin with a phase over one client")
+                raise ConfigError("a program cannot begin with a phase that continues another")
             chains[-1] = (*chains[-1], i)
         else:
             chains.append((i,))

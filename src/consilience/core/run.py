@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,9 +13,10 @@ import numpy as np
 from consilience.core.errors import ConfigError, ConsilienceError
 from consilience.core.evaluate import Judge, Line
 from consilience.core.events import TICK, Decision, Event, Instant, RealTime, Start, View, draw_cohort
+from consilience.core.exchange import Letter, inboxes, opened, posted, traffic
 from consilience.core.executor import Executor
 from consilience.core.failpoint import reach
-from consilience.core.messages import Inbox, Job, Release, Reply, Score, Summed, Trip, Work
+from consilience.core.messages import Job, Release, Reply, Score, Summed, Trip, Work
 from consilience.core.method import sums_suffice
 from consilience.core.outbox import Outbox, size_of
 from consilience.core.program import Program
@@ -62,7 +63,7 @@ class Loop:
         self.place, self.program = worker.place, worker.program
         self.judge = Judge(setup.evaluation, setup.measures, self.federation, executor, setup.rounds, self.place.seed)
         self.clients = self.federation.seen
-        self.when = Program(self.program, self.place.seed)
+        self.when = Program(self.program, self.place.seed, setup.gossip)
         self.outbox = Outbox(self.place, self.federation, setup.clock)
         self.lines: list[Line] = []
         self.due = False
@@ -76,6 +77,7 @@ class Loop:
         plain = setup.release is None and all(stage is worker.check for stage in setup.stages)
         self._sum_there = plain and sums_suffice(self.method)
         self.release: Tree = None if setup.release is None else setup.release.init()
+        self.mail: dict[int, list[Letter]] = {}
         if resume is None:
             self.version, self.time, self.next_job, self.order, self.started = 0, 0.0, 0, 0, 0
             self.ready, self.begun, self.chain = True, False, 0
@@ -163,6 +165,7 @@ class Loop:
     def _land(self) -> list[Event]:
         """Let every flight that is due arrive, go on with its next phase, or be lost."""
         events: list[Event] = []
+        meeting: list[Flight] = []
         for flight in sorted((f for f in self.flights.values() if f.arrives <= self.time), key=lambda f: f.order):
             job = flight.job
             del self.flights[job.id]
@@ -171,11 +174,15 @@ class Loop:
                 self.executor.settle((), [job])
                 self._lap(flight.reply, "lost")
                 events.append(Event("lost", job.id, job.client))
+            elif flight.phases and self.program[flight.phases[0]].over == "neighbours":
+                meeting.append(flight)
             elif flight.phases:
                 self._dispatch(job._replace(phase=flight.phases[0]), flight.phases[1:], resumes=flight)
             else:
                 self.arrived[job.id] = flight.reply
                 events.append(Event("arrival", job.id, job.client))
+        for phase in sorted({flight.phases[0] for flight in meeting}):
+            self._meet(phase, [flight for flight in meeting if flight.phases[0] == phase])
         return events
 
     def _returns(self) -> list[tuple[float, int]]:
@@ -430,22 +437,15 @@ class Loop:
         if topology is None:
             raise ConfigError(f"{self.method.name} has a phase among neighbours: give a topology")
         sent = self.executor.exchange(jobs)
-        sizes = {client: size_of(message) for client, message in sent.items()}
-        inboxes = []
-        for job in jobs:
-            weights = {n: w for n, w in sorted(topology[job.client].items()) if n in sent}
-            missing = 1.0 - sum(weights.values())
-            if len(weights) < len(topology[job.client]):
-                weights[job.client] += missing  # absent neighbours' weight stays at home
-            inboxes.append(Inbox({n: sent[n] for n in weights}, weights))
-        self.executor.mix(jobs, inboxes)
+        boxes = inboxes([job.client for job in jobs], sent, topology.at(self.version))
+        self.executor.mix(jobs, [boxes[job.client] for job in jobs])
         if self._real is not None:
             time = max(self._real.now(), self.time + TICK)
             for job in jobs:
                 self._real.came(job, self.time, time, 0.0)
-        for job, inbox in zip(jobs, inboxes, strict=True):
-            got = sum(sizes[n] for n in inbox.messages if n != job.client)
-            given = sizes[job.client] * (len(inbox.messages) - 1)
+        paid = traffic(boxes, {client: size_of(message) for client, message in sent.items()})
+        for job in jobs:
+            given, got = paid[job.client]
             self._spend(Totals(given, got), job.client)
             leg = self.setup.clock.trip(job, self.time, down=got, up=given, samples=0, steps=0)._replace(lost=None)
             reply = Reply(
@@ -454,6 +454,41 @@ class Loop:
             )  # fmt: skip
             self.order += 1
             self.flights[job.id] = Flight(job, (), self.time, self.time + leg.seconds, self.order, reply, Totals(), leg)
+
+    def _meet(self, phase: int, flights: Sequence[Flight]) -> None:
+        """A phase among neighbours in gossip, for nodes that have come to it now: each sends, as the topology says for
+        the node's own count of rounds, to those who can be reached, and mixes what has come until now."""
+        topology = self.place.topology
+        if topology is None:
+            raise ConfigError(f"{self.method.name} has a phase among neighbours: give a topology")
+        jobs = [flight.job._replace(phase=phase) for flight in flights]
+        sent = self.executor.exchange(jobs)
+        legs = [self._mail(job, sent[job.client], topology.at(job.number - 1)) for job in jobs]
+        boxes = []
+        for job in jobs:
+            row, letters = topology.at(job.number - 1)[job.client], self.mail.get(job.client, [])
+            box, self.mail[job.client] = opened(letters, job.client, phase, sent[job.client], row, self.time)
+            boxes.append(box)
+        self.executor.mix(jobs, boxes)
+        for job, flight, leg in zip(jobs, flights, legs, strict=True):
+            before, arrives = flight.reply, self.time + leg.seconds
+            reply = before._replace(job=job, update=None, seconds=arrives - before.since, trip=before.trip + leg)
+            self.order += 1
+            self.flights[job.id] = Flight(job, flight.phases[1:], self.time, arrives, self.order, reply, Totals(), leg)
+
+    def _mail(self, job: Job, message: Tree, weights: Mapping[int, Mapping[int, float]]) -> Trip:
+        """Send a node's message to those who give it a weight and can be reached; the way of that for the sender."""
+        takers = [n for n, row in weights.items() if n != job.client and job.client in row]
+        here = self._online(np.array(takers, dtype=np.int64)).tolist() if takers else []
+        size, trip = size_of(message), self.setup.clock.trip
+        self._spend(Totals(len(here) * size), job.client)
+        leg = trip(job, self.time, down=0, up=len(here) * size, samples=0, steps=0)._replace(lost=None)
+        for n in here:
+            self._spend(Totals(0, size), n)
+            down = trip(job._replace(client=n), self.time, down=size, up=0, samples=0, steps=0).download
+            letter = Letter(n, job.client, job.phase, weights[n][job.client], self.time + leg.seconds + down, message)
+            self.mail[n] = posted(self.mail.get(n, []), letter, self.time)
+        return leg
 
     def _barriers(self, when: str) -> None:
         """The phases before the first round or after the last: everybody takes part, everybody is waited for."""
@@ -549,7 +584,7 @@ class Loop:
             self.rings, tuple(self.news), self.watch,
             self.executor.states(), dict(self.executor.pending()),
             tuple(Sent(o.job, o.rest, o.at, o.down, o.rings, o.earlier, o.order, o.message) for o in self._open),
-            self.release,
+            self.release, tuple(letter for _, letters in sorted(self.mail.items()) for letter in letters),
         )  # fmt: skip
 
     def _restore(self, s: Snapshot) -> None:
@@ -560,6 +595,8 @@ class Loop:
         self.arrived = {reply.job.id: reply for reply in s.arrived}
         self.flights = {flight.job.id: flight for flight in s.flights}
         self.rings, self.news, self.watch, self.release = s.rings, list(s.news), s.watch, s.release
+        for letter in s.mail:
+            self.mail.setdefault(letter.to, []).append(letter)
         self.executor.restore(s.states, s.pending)
         for o in s.out:
             ticket = self.executor.submit(o.job, o.message, resumes=o.job.id in s.pending)

@@ -38,7 +38,8 @@ class Setup:
 
     rounds: server updates to make. cohort: clients a round asks for. checkpoint_every: rounds, 0 for never
     (but the end is always offered to the recorder). release: where the method may see sums alone.
-    elapsed: wall seconds spent before, for a run that is resumed.
+    elapsed: wall seconds spent before, for a run that is resumed. gossip: nodes exchange with neighbours each
+    at its own time, as a part of its job, instead of all at once.
     """
 
     rounds: int
@@ -52,3 +53,4 @@ class Setup:
     checkpoint_every: int = 10
     elapsed: float = 0.0
     release: Release | None = None
+    gossip: bool = False

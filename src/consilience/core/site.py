@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -25,6 +25,19 @@ if TYPE_CHECKING:
 __all__ = ["Batch", "Fit", "Host", "Loss", "Place", "Plan", "Site", "Step"]
 
 
+class Topology(Protocol):
+    """Who exchanges with whom where there is no server."""
+
+    @property
+    def static(self) -> bool:
+        """Whether all rounds have the same weights."""
+        ...
+
+    def at(self, round: int) -> Mapping[int, Mapping[int, float]]:
+        """The mixing weights of a round, counted from 0, by client and neighbour, itself included. Rows sum to 1."""
+        ...
+
+
 @dataclass(frozen=True)
 class Place:
     """What all sites of a run share.
@@ -32,8 +45,8 @@ class Place:
     architectures: by name, the server's first. models: architecture name of each client, or None if all have the
     server's. networks: the method's own, by name. seed: of the run. initial: weights to start from instead of drawn
     ones. chunk: rows in one chunk of an evaluation; results may depend on it in their last bits, so it is an option.
-    public: inputs that everybody may see. n_clients: how many may train. topology: mixing weights by node and
-    neighbour. pooled: everybody's training rows, only for the centralised reference. rows: how many training rows those
+    public: inputs that everybody may see. n_clients: how many may train. topology: mixing weights of each
+    round. pooled: everybody's training rows, only for the centralised reference. rows: how many training rows those
     who may train have together, for methods that count them.
     """
 
@@ -46,7 +59,7 @@ class Place:
     chunk: int
     public: Tensor | None
     n_clients: int
-    topology: Mapping[int, Mapping[int, float]] | None = None
+    topology: Topology | None = None
     pooled: Split | None = None
     rows: int = 0
     networks: Mapping[str, Architecture] = field(default_factory=dict)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from consilience.core.events import Event
+from consilience.core.exchange import Letter
 from consilience.core.messages import Job, Reply, Trip
 from consilience.core.tree import Tree, record
 
@@ -70,7 +71,7 @@ class Sent(NamedTuple):
 class Snapshot(NamedTuple):
     """Everything that a run needs to go on, bit for bit. Nothing is in computation when it is taken, but in real time
     jobs may be ``out``. spent: by client. states: see ``Executor.states``: those on file are read when asked for, and
-    are the run's newest."""
+    are the run's newest. mail: letters between nodes that are not read."""
 
     version: int
     time: float
@@ -96,3 +97,4 @@ class Snapshot(NamedTuple):
     pending: dict[int, Tree]
     out: tuple[Sent, ...] = ()
     release: Tree = None
+    mail: tuple[Letter, ...] = ()

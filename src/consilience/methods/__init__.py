@@ -50,6 +50,8 @@ _WHERE = {
     "fedasmu": ("fedasmu", "FedASMU"),
     "fedcompass": ("fedcompass", "FedCompass"),
     "dpsgd": ("dpsgd", "DPSGD"),
+    "finalmerge": ("finalmerge", "FinalMerge"),
+    "vargossip": ("vargossip", "VarGossip"),
     "tracking": ("tracking", "Tracking"),
     "dproxsgt": ("dproxsgt", "DProxSGT"),
     "scool": ("scool", "SCooL"),
@@ -95,6 +97,8 @@ _WHERE = {
     "ahc": ("ahc", "AHC"),
     "frl": ("frl", "FRL"),
     "fal": ("fal", "FAL"),
+    "cellm": ("cellm", "CELLM"),
+    "sgc": ("sgc", "SGC"),
     "co2": ("co2", "CO2"),
     "onebyte": ("onebyte", "OneByte"),
 }

@@ -141,7 +141,8 @@ class DProxSGT(Tracking):
         """As tracking does, or through public copies."""
         if not isinstance(state, Told):
             return super().mix(phase, site, state, inbox)
-        missing = set((site.place.topology or {})[site.id]) - set(inbox.messages)
+        assert site.place.topology is not None
+        missing = set(site.place.topology.at(site.job.version)[site.id]) - set(inbox.messages)
         if missing:
             raise ConfigError(
                 f"{self.name}: client {site.id} has nothing from client {min(missing)} in round {site.job.round}; "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import NoneType
+from types import NoneType, UnionType
 from typing import Literal, NamedTuple
 
 from consilience.core import tree as tr
@@ -35,9 +35,11 @@ class DPSGD(Method):
                                                                  while neighbours exchange
         Delta_i = y_i - x_i after the local steps from x_i (one step: - eta grad F_i(x_i))
 
-    W comes from ``--topology`` and ``--mixing``; it is symmetric and its rows sum to 1. More than one local step is
-    local SGD among neighbours. Buffers of BatchNorm are mixed like weights, counters are not. The weight of neighbours
-    that do not take part stays at home. ``weights`` and ``form`` have no meaning here.
+    W is that of ``--topology`` and ``--mixing`` for the round; its rows sum to 1, and its columns but for "pull". More
+    than one local step is local SGD among neighbours. Buffers of BatchNorm are mixed like weights, counters are not.
+    The weight of neighbours that do not take part stays at home. start "own": nodes begin with models of their own.
+    ``weights`` and ``form`` have no meaning here. A line of history has, under ``merged``, how good the mean of all
+    nodes' models is, and their squared distances from it.
 
     On a complete graph with everybody taking part, order "atc" is FedAvg with uniform weights, bit for bit.
 
@@ -51,8 +53,10 @@ class DPSGD(Method):
     source = "Lian et al., NeurIPS"
     year = 2017
     needs = Needs(topology=True)
+    gossips = True
 
     order: Literal["atc", "cta"] = option("atc", "adapt then combine, or combine beside adapting")
+    start: Literal["common", "own"] = option("common", "one initial model for all nodes, or each its own")
 
     def program(self) -> tuple[Phase, ...]:
         """Train, then mix."""
@@ -67,14 +71,14 @@ class DPSGD(Method):
         return None
 
     def init_client(self, site: Site) -> Node:
-        """The common initial model."""
-        return Node(site.initial(), None)
+        """The initial model."""
+        return Node(site.initial(component=0 if self.start == "common" else 1 + site.id), None)
 
     def least_samples(self, phase: Phase, rows: int, steps: int | None) -> int:
         """One training."""
         return self.one_fit(rows, steps) if phase.name == "train" else 0
 
-    def sends(self, phase: Phase) -> type:
+    def sends(self, phase: Phase) -> type | UnionType:
         """Nothing to the server."""
         return NoneType
 
@@ -92,22 +96,30 @@ class DPSGD(Method):
         return server
 
     def send(self, phase: Phase, state: Node) -> Weights:
-        """The own model."""
-        return state.model
+        """The own model; without its buffers where they are local."""
+        return state.model if self.buffers == "average" else Weights(state.model.params, {})
 
     def mix(self, phase: Phase, site: Site, state: Node, inbox: Inbox) -> Node:
-        """The weighted mean of what has come, plus the own change in the order "cta"."""
-        mean: Weights = weighted_sum(list(inbox.messages.values()), list(inbox.weights.values()))
-        own = state.model.buffers
-        buffers = {name: b if b.is_floating_point() else own[name] for name, b in mean.buffers.items()}
+        """The mean of what has come, plus the own change in the order "cta"."""
+        mean = self.mean(site, inbox)
+        shared = {name: b for name, b in mean.buffers.items() if b.is_floating_point()}
         params = mean.params if state.change is None else tr.add(mean.params, state.change)
-        return Node(Weights(params, buffers), None)
+        return Node(Weights(params, {**state.model.buffers, **shared}), None)
 
-    def global_model(self, server: Tree) -> None:
+    def mean(self, site: Site, inbox: Inbox) -> Weights:
+        """sum_j W_ij x_j."""
+        mean: Weights = weighted_sum(list(inbox.messages.values()), list(inbox.weights.values()))
+        return mean
+
+    def node_model(self, state: Node) -> Weights:
+        """The node's model, its last training included."""
+        params = state.model.params if state.change is None else tr.add(state.model.params, state.change)
+        return Weights(params, state.model.buffers)
+
+    def global_model(self, server: Tree) -> Predictor | None:
         """There is none."""
-        return
+        return None
 
     def personal_model(self, site: Site, message: Tree, state: Node) -> Predictor:
         """The node's model, its last training included."""
-        params = state.model.params if state.change is None else tr.add(state.model.params, state.change)
-        return Net(Weights(params, state.model.buffers), site.model)
+        return Net(self.node_model(state), site.model)

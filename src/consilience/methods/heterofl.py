@@ -11,7 +11,6 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from consilience.core.fit import Batch, Models, Plan
 from consilience.core.messages import Broadcast, ClientInfo, Model, Reply, Stat
@@ -24,6 +23,7 @@ from consilience.core.site import Host, Place, Site
 from consilience.core.training import option
 from consilience.core.tree import Tree, record
 from consilience.parts import submodel
+from consilience.parts.norms import statistics
 from consilience.parts.submodel import Piece, Slices
 
 
@@ -228,23 +228,3 @@ def _scaled(model: nn.Module, rate: float) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def statistics(site: Site, weights: Weights) -> Weights:
-    """The weights with BatchNorm's statistics of the site's rows: the mean over its batches, in training mode."""
-    instance = site.borrow()
-    module = instance.fill(weights, train=True)
-    norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    rows = site.cast(site.train)
-    try:
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # the plain mean of all batches
-        with torch.no_grad():
-            for start in range(0, len(rows), site.method.batch_size):
-                module(rows.x[start : start + site.method.batch_size])
-        return instance.weights()
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum

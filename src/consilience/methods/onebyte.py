@@ -143,7 +143,7 @@ class OneByte(Method):
     def broadcast(self, phase: Phase, server: Relay, client: ClientInfo) -> Replay:
         """The bytes that the client has missed, or the model."""
         has = server.has.get(client.id, 0)
-        if has < 0 or server.made - has > len(server.log):
+        if server.made - has > len(server.log):  # always where has is -1
             return self._whole(server)
         missed = server.log[len(server.log) - (server.made - has) :]
         if not missed:

@@ -80,7 +80,8 @@ class SCooL(Method):
     After ``settle`` rounds each node keeps its ``keep`` strongest nodes, and w is of these alone. A round has two
     exchanges: trained models, for the losses (not with dirac), and changes with what is known. phi begins at random. A
     node's cluster, with the sbm prior, is its likeliest block. A client that never takes part deploys the
-    initial model. ``weights`` and ``form`` have no meaning.
+    initial model. ``weights`` and ``form`` have no meaning. Of a node that does not hear it (``--topology onepeer``), a
+    node does not know L_ij and, but for prior "dirac", takes nothing.
 
     With prior "dirac" on a complete graph it is FedAvg with uniform weights in delta form, bit for bit; with the sbm
     prior the same to rounding as scale goes to infinity.
@@ -226,6 +227,10 @@ class SCooL(Method):
         new = mix * (1 - self.attention_lr * 0.01) - self.attention_lr * (first / (1 - b1**steps)) / size
         weights = cooperation.attention(mix, likeness) * target
         return state._replace(attention=Adam(new, first, second, steps)), weights
+
+    def node_model(self, state: Node) -> Weights:
+        """The node's model."""
+        return state.model
 
     # --- what would be deployed --------------------------------------------------------------------------------
 

@@ -51,7 +51,7 @@ class Tracking(Serverless):
         order "atc":   x_i <- sum_j W_ij (x_j - s_j y_j)      two exchanges, one after the other
         order "semi":  x_i <- sum_j W_ij (x_j - s_j z_j)      one exchange of both
 
-    W is that of ``--topology`` and ``--mixing``; it has to be symmetric with rows that sum to 1. c_i starts at 0.
+    W is that of ``--topology`` and ``--mixing``; its rows and columns have to sum to 1. c_i starts at 0.
     Invariants: sum_i c_i = 0, so the mean of z_i is that of the local gradients. At a fixed point all y_i are 0 and all
     x_i are the minimiser of (1/n) sum_i F_i, for any step size below the limit, where D-PSGD stays off it by about the
     step size times how much minimisers differ. Buffers of BatchNorm are mixed as in D-PSGD. The weight of neighbours
@@ -131,6 +131,11 @@ class Tracking(Serverless):
         control = renewed(state.control, tr.sub(y, state.direction))
         end = Weights(along(state.model.params, state.length, y), state.end.buffers)
         return state._replace(control=control, end=end, direction=y)
+
+    def node_model(self, state: Any) -> Weights:
+        """The node's model."""
+        own: Weights = state.model
+        return own
 
     def personal_model(self, site: Site, message: Tree, state: Any) -> Predictor:
         """The node's model."""

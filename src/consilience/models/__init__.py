@@ -12,25 +12,29 @@ from torch import nn
 
 from consilience.core.errors import ConfigError, nearest
 from consilience.core.model import Architecture, Factory, SplitModel, check_factory
-from consilience.models import frozen, players, small, vgg
+from consilience.models import frozen, players, small, transformer, vgg
 from consilience.models.adapters import Adapted
 
 _RESNETS, _VGGS = ("resnet8", "resnet14", "resnet20"), ("vgg5", "vgg8", "vgg11")
-NAMES = ("logistic", "linear", "mlp", "lenet", "cnn", *_RESNETS, "resnet8:batchnorm", *_VGGS, "frozen", "players")
-ADAPTER = "+adapter"
+_SMALL = ("logistic", "linear", "mlp", "lenet", "cnn")
+NAMES = (*_SMALL, *_RESNETS, "resnet8:batchnorm", *_VGGS, "transformer", "frozen", "players")
+ADAPTER, LORA = "+adapter", "+lora"
 ADVERSARY = re.compile(r"(.+)\+adversary(?::(.*))?")
 _FAMILY = {"mlp": "mlp", **dict.fromkeys(_RESNETS, "resnet"), **dict.fromkeys(_VGGS, "vgg")}
 """Families of models whose parts have common names."""
 
 
 def factory(name: str) -> Factory:
-    """How to make the model called ``name``; ``NAME+adapter`` has adapters, ``NAME+adversary:RHO`` somebody who moves
-    inputs. Raises ConfigError with the nearest right name."""
+    """How to make the model called ``name``; ``NAME+adapter`` has adapters, ``NAME+lora:RANK`` low-rank ones,
+    ``NAME+adversary:RHO`` somebody who moves inputs. Raises ConfigError with the nearest right name."""
     opposed = ADVERSARY.fullmatch(name)
     if opposed:
         return functools.partial(players.Opposed, factory(opposed[1]), _strength(name, opposed[2]))
     if name.endswith(ADAPTER):
         return functools.partial(Adapted, factory(name.removesuffix(ADAPTER)))
+    lora = re.fullmatch(r"(.+)\+lora(:[1-9]\d*)?", name)
+    if lora:
+        return functools.partial(transformer.with_lora, factory(lora[1]), int((lora[2] or ":4")[1:]))
     kind, _, detail = name.partition(":")
     resnet = re.fullmatch(r"resnet(8|14|20)(:batchnorm)?", name)
     if resnet:
@@ -45,6 +49,7 @@ def factory(name: str) -> Factory:
         "linear": small.Homogeneous,
         "lenet": small.LeNet,
         "cnn": small.CNN,
+        "transformer": transformer.Transformer,
         "frozen": frozen.Frozen,
         "players": players.Players,
         "vgg5": vgg.VGG,
@@ -63,7 +68,7 @@ def architecture(name: str, input_shape: tuple[int, ...], outputs: int) -> Archi
     Raises ConfigError.
     """
     whole, at, text = name.partition("@")
-    changed = whole.endswith(ADAPTER) or ADVERSARY.fullmatch(whole) is not None
+    changed = whole.endswith(ADAPTER) or LORA in whole or ADVERSARY.fullmatch(whole) is not None
     family = whole if changed else _FAMILY.get(whole.partition(":")[0], whole)
     made = Architecture(name, factory(whole), input_shape, outputs, family=family)
     if at and changed:
@@ -80,7 +85,7 @@ def architecture(name: str, input_shape: tuple[int, ...], outputs: int) -> Archi
         return dataclasses.replace(made, name=whole)
     if whole == "frozen":
         raise ConfigError(f"model '{name}': frozen comes trained and cannot be cut")
-    if whole in ("logistic", "linear"):
+    if whole in ("logistic", "linear", "transformer"):
         raise ConfigError(f"model '{name}': {whole} has no hidden layer to cut")
     return dataclasses.replace(made, factory=functools.partial(_cut, made.factory, rate), whole=whole, rate=rate)
 

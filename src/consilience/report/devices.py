@@ -52,9 +52,11 @@ def _graph(entry: Entry, line: Timeline) -> str:
     least, most = about["least_degree"], about["most_degree"]
     degree = f"{least}" if least == most else f"{least} to {most}"
     parts = f", in {about['parts']} parts that cannot reach each other" if about["parts"] > 1 else ""
+    rounds = about.get("rounds")
+    edges = f"{about['edges']} edges" + (f" in {rounds} rounds" if rounds else "")
     return (
-        f"{named(entry)}: topology {escape(str(about['topology']))}, {about['edges']} edges, {degree} neighbours each, "
-        f"spectral gap {about['spectral_gap']:.3g}{parts}."
+        f"{named(entry)}: topology {escape(str(about['topology']))}, {edges}, {degree} neighbours each"
+        f"{' in one' if rounds else ''}, spectral gap {about['spectral_gap']:.3g}{parts}."
     )
 
 

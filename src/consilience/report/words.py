@@ -39,6 +39,8 @@ NAMES = {
     "scool": "SCooL",
     "ditto": "Ditto",
     "dpsgd": "D-PSGD",
+    "finalmerge": "Final merging",
+    "vargossip": "Variance-corrected gossip",
     "localgda": "local GDA",
     "masha1": "MASHA1",
     "masha2": "MASHA2",

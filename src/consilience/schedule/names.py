@@ -11,6 +11,7 @@ from consilience.core.events import Schedule
 from consilience.schedule.buffered import Buffered
 from consilience.schedule.compass import Compass
 from consilience.schedule.deadline import Deadline
+from consilience.schedule.gossip import Gossip
 from consilience.schedule.immediate import Immediate
 from consilience.schedule.interval import Interval
 from consilience.schedule.rounds import Rounds
@@ -18,6 +19,7 @@ from consilience.schedule.tiered import Tiered
 
 NAMES = (
     "rounds", "deadline:SECONDS", "buffered:K", "interval:SECONDS", "tiered:K", "async", "compass:LEAST:MOST:SLACK",
+    "gossip",
 )  # fmt: skip
 SYNCHRONOUS = ("rounds", "deadline")
 """Schedules in which a round is combined before the next begins, as methods of several phases need it."""
@@ -40,11 +42,12 @@ def make(
         raise ConfigError(f"--over-selection is for --schedule deadline:SECONDS, not {text}")
     if late != "discard" and kind != "deadline":
         raise ConfigError(f"--late is for --schedule deadline:SECONDS, not {text}")
-    if concurrency is not None and kind not in ("buffered", "interval", "async"):
-        raise ConfigError(f"--concurrency is for the schedules buffered, interval and async, not {text}")
+    if concurrency is not None and kind not in ("buffered", "interval", "async", "gossip"):
+        raise ConfigError(f"--concurrency is for the schedules buffered, interval, async and gossip, not {text}")
     makers: dict[str, Callable[[], Schedule]] = {
         "rounds": lambda: _plain(text, parts, Rounds()),
         "async": lambda: _plain(text, parts, Immediate(concurrency)),
+        "gossip": lambda: _plain(text, parts, Gossip(concurrency)),
         "deadline": lambda: Deadline(*_seconds(text, parts), over_selection, late),
         "interval": lambda: Interval(*_seconds(text, parts), concurrency),
         "buffered": lambda: Buffered(_count(text, parts), concurrency),
