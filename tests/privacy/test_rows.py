@@ -15,6 +15,7 @@ import consilience.simulate
 from consilience.core import tree as tr
 from consilience.core.errors import ConfigError
 from consilience.core.gradient import Batch, Modules
+from consilience.core.messages import Job
 from consilience.methods import FAL, Ditto, FedAvg, FedProx, FedSAM, Scaffold
 from consilience.parts.compose import composed
 from consilience.privacy.mechanism import Poisson
@@ -101,6 +102,16 @@ def test_rows_are_drawn_by_what_is_accounted() -> None:
     assert sizes.var() == pytest.approx(40 * 0.2 * 0.8, rel=0.2)
     other = RowGuard(site(worker(FedAvg(batch_size=8), federation([40])), 0, number=2), 40, RowNoise(1.0, 1.0))
     assert next(other.batches()).tolist() != drawn[0].tolist()  # the next job draws others
+
+
+def test_training_takes_the_rows_that_were_drawn() -> None:
+    at = worker(composed(FedAvg(row_noise="1", batch_size=8, local_epochs=3)), federation([40]))
+    server = at.method.init_server(at.host(0, "init"))
+    message = at.method.broadcast(at.program[0], server, None)  # type: ignore[arg-type]
+    work, _ = at.do_train(message, Job(0, 0, 1, 0, 0, 0), None)
+    drawn = RowGuard(site(at), 40, RowNoise(1.0, 1.0)).batches()
+    assert work.steps == 15
+    assert work.samples == sum(len(next(drawn)) for _ in range(15)) != 120
 
 
 def test_without_noise_and_bound_and_with_whole_batches_it_is_fedavg() -> None:
