@@ -43,6 +43,7 @@ def files() -> dict[Path, str]:
         "compiled": compiled(),
         "architectures": measured("architectures"),
         "personalisation": measured("personalisation"),
+        "decentralised": measured("decentralised"),
         "privacy": measured("privacy"),
         "cluster": cluster(),
         "reproduction": reproduction(),
