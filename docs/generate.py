@@ -42,6 +42,7 @@ def files() -> dict[Path, str]:
         "speed": speed(),
         "compiled": compiled(),
         "architectures": measured("architectures"),
+        "compression": measured("compression"),
         "personalisation": measured("personalisation"),
         "decentralised": measured("decentralised"),
         "privacy": measured("privacy"),

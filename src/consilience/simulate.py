@@ -383,9 +383,7 @@ def _check_counts(rounds: int, participation: float, eval_every: int, eval_clien
 def _check_everybody(method: Method, present: bool, rule: Schedule, topology: Graphs | None) -> None:
     """Raise ConfigError if anybody can miss a round of a method that has to have everybody in it, or a message."""
     if topology is not None and not topology.static:
-        raise ConfigError(
-            f"{method.name} with these options adds up what neighbours send: use a topology that stays the same"
-        )
+        raise ConfigError(f"{method.name} with these options goes by one graph: use a topology that stays the same")
     if not present or not isinstance(rule, Rounds):
         raise ConfigError(
             f"{method.name} with these options takes every client in every round: use participation=1.0, "

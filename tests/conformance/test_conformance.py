@@ -161,6 +161,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "vargossip": {"topology": "matching:ring", "participation": 1.0},
     **{name: {"participation": 1.0} for name in ("localgda", "masha1", "masha2")},
     "tracking": {"topology": "er:0.7", "availability": "bernoulli:0.7", "participation": 1.0},
+    "dadao": {"topology": "ring", "participation": 1.0},
     "dproxsgt": {"topology": "ring", "participation": 1.0},
     "sgc": {"participation": 1.0, "availability": "bernoulli:0.9"},
 }

@@ -420,7 +420,7 @@ def test_who_cannot_gossip() -> None:
         run(SCooL(), schedule="gossip", topology="ring")
     with pytest.raises(ConfigError, match="fedavg has no messages"):
         run(FedAvg(), schedule="gossip")
-    with pytest.raises(ConfigError, match=r"dproxsgt with these options adds up .* stays the same"):
+    with pytest.raises(ConfigError, match=r"dproxsgt with these options goes by one graph.* stays the same"):
         run(DProxSGT(compress="topk:0.5"), topology="onepeer")
     with pytest.raises(ConfigError, match="finalmerge has 3 phases that wait for each other"):
         run(FinalMerge(merge_after=2), schedule="gossip")

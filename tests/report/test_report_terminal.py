@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from rich.console import Console
 
+from consilience.cli import main
 from consilience.measure.statistics import leaderboard
+from consilience.report.blob import measures
+from consilience.report.facts import gather
 from consilience.report.load import RunFolder, read_runs
 from consilience.report.terminal import Progress, leaderboard_table, line_score, run_summary
 
@@ -96,3 +101,16 @@ def test_progress_in_a_terminal_draws_every_run() -> None:
     assert "scaffold" in text
     assert "4/4" in text
     assert "50.0" in text
+
+
+def test_the_mean_of_nodes_is_told(tmp_path: Path) -> None:
+    """Without a server: in the summary, and as a curve to choose."""
+    folder = tmp_path / "nodes"
+    with pytest.raises(SystemExit) as end:
+        main(["run", "dpsgd", "--topology", "ring", "--clients", "4", "--rounds", "2", "--model", "logistic",
+              "--executor", "serial", "--out", str(folder)])  # fmt: skip
+    assert not end.value.code
+    run = RunFolder.read(folder)
+    told = re.sub(r"\s+", " ", printed(run_summary(run)))
+    assert f"Mean of nodes' models {100 * run.history[-1]['merged']['accuracy']:.1f} %" in told
+    assert "merged" in {measure.key for measure in measures(gather(folder))}

@@ -17,7 +17,7 @@ from consilience.core.predict import Net
 from consilience.core.reduce import uniform_weights, weighted_sum
 from consilience.core.snapshot import Totals
 from consilience.core.streams import philox
-from consilience.core.tree import Tree
+from consilience.core.tree import Elsewhere, Tree
 from consilience.core.worker import Call, Kept, row_ranges
 
 
@@ -181,6 +181,8 @@ class Judge:
         if self.place.topology is None:
             return None, 0.0
         states = [state for _, state in sorted(self.executor.states().items())]
+        if any(isinstance(state, Elsewhere) for state in states):  # in a deployment nodes' models stay with them
+            return None, 0.0
         own = [state.state if isinstance(state, Kept) else state for state in states]
         models = [model for model in map(self.place.method.node_model, own) if model is not None]
         if not models:

@@ -55,6 +55,7 @@ _WHERE = {
     "tracking": ("tracking", "Tracking"),
     "dproxsgt": ("dproxsgt", "DProxSGT"),
     "scool": ("scool", "SCooL"),
+    "dadao": ("dadao", "DADAO"),
     "localgda": ("localgda", "LocalGDA"),
     "masha1": ("masha", "Masha1"),
     "masha2": ("masha", "Masha2"),

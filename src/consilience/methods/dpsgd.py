@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from types import NoneType, UnionType
 from typing import Literal, NamedTuple
 
 from consilience.core import tree as tr
-from consilience.core.messages import ClientInfo, Inbox, Reply
-from consilience.core.method import Method, Needs, Phase
+from consilience.core.messages import Inbox
+from consilience.core.method import Needs, Phase
 from consilience.core.model import Params, Weights
 from consilience.core.predict import Net, Predictor
 from consilience.core.reduce import weighted_sum
-from consilience.core.site import Host, Site
+from consilience.core.site import Site
 from consilience.core.training import option
 from consilience.core.tree import Tree, record
+from consilience.parts.serverless import Serverless
 
 
 @record
@@ -27,7 +26,7 @@ class Node(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DPSGD(Method):
+class DPSGD(Serverless):
     """Nodes of a topology train, and then average with their neighbours.
 
         order "atc":  x_i <- sum_j W_ij (x_j + Delta_j)          adapt, then combine
@@ -62,14 +61,6 @@ class DPSGD(Method):
         """Train, then mix."""
         return (Phase("train"), Phase("mix", over="neighbours"))
 
-    def init_server(self, host: Host) -> Tree:
-        """There is none."""
-        return None
-
-    def broadcast(self, phase: Phase, server: Tree, client: ClientInfo) -> Tree:
-        """Nothing."""
-        return None
-
     def init_client(self, site: Site) -> Node:
         """The initial model."""
         return Node(site.initial(component=0 if self.start == "common" else 1 + site.id), None)
@@ -78,22 +69,12 @@ class DPSGD(Method):
         """One training."""
         return self.one_fit(rows, steps) if phase.name == "train" else 0
 
-    def sends(self, phase: Phase) -> type | UnionType:
-        """Nothing to the server."""
-        return NoneType
-
     def client_update(self, phase: Phase, site: Site, message: Tree, state: Node) -> tuple[Tree, Node]:
         """Train from the own model."""
         end = site.fit(state.model).weights
         if self.order == "atc":
             return None, Node(end, None)
         return None, Node(Weights(state.model.params, end.buffers), tr.sub(end.params, state.model.params))
-
-    def aggregate(
-        self, phase: Phase, host: Host, server: Tree, replies: Sequence[Reply], cohort: Sequence[int]
-    ) -> Tree:
-        """Nothing."""
-        return server
 
     def send(self, phase: Phase, state: Node) -> Weights:
         """The own model; without its buffers where they are local."""
@@ -115,10 +96,6 @@ class DPSGD(Method):
         """The node's model, its last training included."""
         params = state.model.params if state.change is None else tr.add(state.model.params, state.change)
         return Weights(params, state.model.buffers)
-
-    def global_model(self, server: Tree) -> Predictor | None:
-        """There is none."""
-        return None
 
     def personal_model(self, site: Site, message: Tree, state: Node) -> Predictor:
         """The node's model, its last training included."""

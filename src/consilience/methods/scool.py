@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from types import NoneType
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -13,15 +11,16 @@ from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
 from consilience.core import tree as tr
-from consilience.core.messages import ClientInfo, Inbox, Reply
-from consilience.core.method import Method, Needs, Phase
+from consilience.core.messages import Inbox
+from consilience.core.method import Needs, Phase
 from consilience.core.model import Params, Weights
 from consilience.core.predict import Net, Predictor
 from consilience.core.reduce import weighted_sum
-from consilience.core.site import Host, Site
+from consilience.core.site import Site
 from consilience.core.training import Search, option
 from consilience.core.tree import Tree, record
 from consilience.parts import components, cooperation
+from consilience.parts.serverless import Serverless
 
 
 @record
@@ -63,7 +62,7 @@ class Words(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SCooL(Method):
+class SCooL(Serverless):
     """Without a server, each node weighs what its neighbours learned by how much it seems to help.
 
         D_i = y_i - theta_i, local steps from theta_i;      L_ij: mean loss of y_i on the training rows of j
@@ -114,20 +113,6 @@ class SCooL(Method):
         shown = () if self.prior == "dirac" else (Phase("show", over="neighbours"),)
         return (Phase("train"), *shown, Phase("cooperate", over="neighbours"))
 
-    def init_server(self, host: Host) -> Tree:
-        """There is none."""
-        return None
-
-    def broadcast(self, phase: Phase, server: Tree, client: ClientInfo) -> Tree:
-        """Nothing."""
-        return None
-
-    def aggregate(
-        self, phase: Phase, host: Host, server: Tree, replies: Sequence[Reply], cohort: Sequence[int]
-    ) -> Tree:
-        """Nothing."""
-        return server
-
     def least_samples(self, phase: Phase, rows: int, steps: int | None) -> int:
         """One training."""
         return self.one_fit(rows, steps) if phase.name == "train" else 0
@@ -142,10 +127,6 @@ class SCooL(Method):
         mix = torch.ones(len(start.params), dtype=torch.float64)
         blank = Adam(mix, torch.zeros_like(mix), torch.zeros_like(mix), 0)
         return Node(start, None, phi, 2 * flat / self.blocks, blank, {}, {}, None)
-
-    def sends(self, phase: Phase) -> type:
-        """Nothing to the server."""
-        return NoneType
 
     def client_update(self, phase: Phase, site: Site, message: Tree, state: Node) -> tuple[Tree, Node]:
         """Train."""
@@ -233,10 +214,6 @@ class SCooL(Method):
         return state.model
 
     # --- what would be deployed --------------------------------------------------------------------------------
-
-    def global_model(self, server: Tree) -> None:
-        """There is none."""
-        return
 
     def personal_model(self, site: Site, message: Tree, state: Node) -> Predictor:
         """The node's model."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import NoneType
+from types import NoneType, UnionType
 
 from consilience.core.messages import ClientInfo, Reply
 from consilience.core.method import Method, Phase
+from consilience.core.predict import Predictor
 from consilience.core.site import Host
 from consilience.core.tree import Tree
 
@@ -22,7 +23,7 @@ class Serverless(Method):
         """Nothing."""
         return None
 
-    def sends(self, phase: Phase) -> type:
+    def sends(self, phase: Phase) -> type | UnionType:
         """Nothing to the server."""
         return NoneType
 
@@ -32,6 +33,6 @@ class Serverless(Method):
         """Nothing."""
         return server
 
-    def global_model(self, server: Tree) -> None:
+    def global_model(self, server: Tree) -> Predictor | None:
         """There is none."""
-        return
+        return None

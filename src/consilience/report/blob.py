@@ -38,6 +38,7 @@ ACCURACIES = (
     Measure("before", ("clients", "before", "mean"), "Before training", "Client mean accuracy before local training"),
     Measure("after", ("clients", "after", "mean"), "After training", "Client mean accuracy after local training"),
     Measure("unseen", ("unseen", "mean"), "Unseen clients", "Mean accuracy of clients that did not take part"),
+    Measure("merged", ("merged", "accuracy"), "Mean of nodes", "Accuracy of the mean of all nodes' models"),
 )
 LOSSES = (
     Measure("global", ("global", "loss"), "Global test", "Loss of the global model on the global test set"),
@@ -45,6 +46,7 @@ LOSSES = (
     Measure("before", ("clients", "before", "mean"), "Before training", "Client mean loss before local training"),
     Measure("after", ("clients", "after", "mean"), "After training", "Client mean loss after local training"),
     Measure("unseen", ("unseen", "mean"), "Unseen clients", "Mean loss of clients that did not take part"),
+    Measure("merged", ("merged", "loss"), "Mean of nodes", "Loss of the mean of all nodes' models"),
 )
 
 

@@ -178,6 +178,7 @@ def run_summary(run: RunFolder) -> Table:
         ("Worst 10 % of clients", ("clients", "worst10"), accuracy),
         ("Clients, trained once more", ("clients", "after", "mean"), accuracy),
         ("Unseen clients", ("unseen", "mean"), accuracy),
+        ("Mean of nodes' models", ("merged", "accuracy"), accuracy),
     ):
         value = last_of(run, *keys)
         if value is not None:

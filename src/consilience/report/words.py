@@ -39,6 +39,7 @@ NAMES = {
     "scool": "SCooL",
     "ditto": "Ditto",
     "dpsgd": "D-PSGD",
+    "dadao": "DADAO",
     "finalmerge": "Final merging",
     "vargossip": "Variance-corrected gossip",
     "localgda": "local GDA",
