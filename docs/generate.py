@@ -46,6 +46,7 @@ def files() -> dict[Path, str]:
         "personalisation": measured("personalisation"),
         "decentralised": measured("decentralised"),
         "privacy": measured("privacy"),
+        "attacks": measured("attacks"),
         "cluster": cluster(),
         "reproduction": reproduction(),
     }
