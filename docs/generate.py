@@ -44,6 +44,7 @@ def files() -> dict[Path, str]:
         "architectures": measured("architectures"),
         "compression": measured("compression"),
         "personalisation": measured("personalisation"),
+        "decentralised": measured("decentralised"),
         "privacy": measured("privacy"),
         "attacks": measured("attacks"),
         "cluster": cluster(),
