@@ -45,7 +45,9 @@ def files() -> dict[Path, str]:
         "compression": measured("compression"),
         "personalisation": measured("personalisation"),
         "tracking": measured("tracking"),
+        "decentralised": measured("decentralised"),
         "privacy": measured("privacy"),
+        "attacks": measured("attacks"),
         "cluster": cluster(),
         "reproduction": reproduction(),
     }

@@ -11,6 +11,7 @@ import torch
 from helpers import LINEAR64, NORMED, federation, vector
 
 import consilience
+from consilience.core import failpoint
 from consilience.core import tree as tr
 from consilience.core.encode import encoded_size
 from consilience.core.errors import ConfigError
@@ -355,6 +356,23 @@ def test_gossip_by_hand(topology: str) -> None:
     size = encoded_size(LINEAR64.initial(0))
     assert result.history[-1]["bytes_up"] == result.history[-1]["bytes_down"] == messages * size
     assert sorted(result.snapshot.numbers.values()) == [3, 3, 4, 6, 12]  # the slowest one's third is not done
+
+
+@pytest.mark.parametrize("count", [5, 9, 14])
+def test_letters_outlive_a_crash(count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With letters unread when it dies, a run goes on to the same bits."""
+    options: dict[str, Any] = {
+        "rounds": 20, "topology": "ring", "schedule": "gossip", "clock": Paces(), "checkpoint_every": 1
+    }  # fmt: skip
+    straight = run(DPSGD(**USUAL), **options)
+    with monkeypatch.context() as patch:
+        patch.setenv("CONSILIENCE_FAILPOINT", f"aggregate:{count}:raise")
+        with pytest.raises(failpoint.Died):
+            run(DPSGD(**USUAL), out=tmp_path / "run", **options)
+    again = run(DPSGD(**USUAL), out=tmp_path / "run", resume=True, **options)
+    assert again.digest == straight.digest
+    assert again.snapshot.mail
+    assert tr.digest(again.snapshot.mail) == tr.digest(straight.snapshot.mail)
 
 
 def test_letters_take_the_time_of_their_bytes() -> None:

@@ -146,7 +146,8 @@ class Guarded(Method):
     that the method does with a gradient stays what it is. How many rows a client has is public. Noise comes from the
     run's seed, so that a run has the same bits: a simulation measures what privacy costs and protects nobody.
 
-    Source: Abadi et al., "Deep Learning with Differential Privacy", CCS 2016. Gradients by row are torch.func's.
+    Source: Abadi et al., "Deep Learning with Differential Privacy", CCS 2016. Gradients by row are torch.func's;
+    those of Opacus differ from autograd's for convolutions that are laid out with channels last, as they are here.
     """
 
     def networks(self, models: Mapping[str, Architecture]) -> Mapping[str, Architecture]:
