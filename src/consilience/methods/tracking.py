@@ -114,7 +114,13 @@ class Tracking(Serverless):
         """z_i; or x_i - s_i y_i; or both."""
         if phase.name == "track":
             return state.direction
-        return state.end if self.order == "atc" else Both(state.end, state.direction)
+        end = Weights(state.end.params, self.shared(state))
+        return end if self.order == "atc" else Both(end, state.direction)
+
+    def shared(self, state: Any) -> Params:
+        """The buffers that neighbours get; none where they are local."""
+        own: Params = state.end.buffers
+        return own if self.buffers == "average" else {}
 
     def mix(self, phase: Phase, site: Site, state: Any, inbox: Inbox) -> Any:
         """What neighbours have found, weighted."""
@@ -147,7 +153,6 @@ class Tracking(Serverless):
 
 
 def settled(state: Any, params: Params, mixed: Params) -> Any:
-    """A node at the end of its round. mixed: its neighbours' buffers; counters stay its own."""
-    own = state.end.buffers
-    buffers = {name: b if b.is_floating_point() else own[name] for name, b in mixed.items()}
+    """A node at the end of its round. mixed: its neighbours' buffers, if they send them; counters stay its own."""
+    buffers = {**state.end.buffers, **{name: b for name, b in mixed.items() if b.is_floating_point()}}
     return state._replace(model=Weights(params, buffers), end=None, direction=None, length=0.0)
