@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -371,6 +372,33 @@ def test_increments_may_not_be_missed() -> None:
         with pytest.raises(ConfigError, match="every client in every round"):
             run(DProxSGT(compress="topk:0.5"), federation(), 2, model=LINEAR, **options)
     run(DProxSGT(), federation(), 2, model=LINEAR, participation=3)
+
+
+@pytest.mark.parametrize("method", [Tracking(), DProxSGT()], ids=["tracking", "dproxsgt"])
+def test_weights_that_move_the_mean_are_refused(method: Any, tmp_path: Path) -> None:
+    cycle, symmetric = tmp_path / "cycle.txt", tmp_path / "symmetric.txt"
+    np.savetxt(cycle, np.eye(N) / 2 + np.roll(np.eye(N), 1, axis=1) / 2)
+    np.savetxt(symmetric, matrix("ring"))
+    with pytest.raises(ConfigError, match="columns sum to 1"):
+        run(method, federation(), 2, model=LINEAR, topology="ring,pull:0.5")
+    for graph in ("onepeer", "matching,onepeer", str(cycle)):
+        for away in (
+            {"participation": 3},
+            {"availability": "bernoulli:0.5"},
+            {"drops": 0.1},
+            {"schedule": "deadline:9"},
+        ):
+            with pytest.raises(ConfigError, match="not symmetric takes every client in every round"):
+                run(method, federation(), 2, model=LINEAR, topology=graph, **away)
+    for graph in ("ring", "matching", "anew:er:0.5", str(symmetric)):
+        assert controls(run(method, federation(), 2, model=LINEAR, topology=graph, participation=3)) < 1e-4
+    for graph in ("onepeer", str(cycle)):
+        assert controls(run(method, federation(), 2, model=LINEAR, topology=graph)) < 1e-4
+
+
+def controls(result: consilience.Result) -> float:
+    """How far the sum of all c_i is from 0."""
+    return float(torch.stack([vector(state.control) for state in result.states.values()]).sum(0).abs().max())
 
 
 @pytest.mark.parametrize(

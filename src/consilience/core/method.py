@@ -127,6 +127,8 @@ class Method(Training):
     """Whether ``aggregate`` may be given one update in the place of several, though it wants more than their sums."""
     gossips: ClassVar[bool] = False
     """Whether a node may mix what neighbours sent in rounds of their own, whenever it has come."""
+    keeps_mean: ClassVar[bool] = False
+    """Whether the mean over nodes must survive mixing in every round: weights' columns have to sum to 1."""
     own_batches: ClassVar[str] = ""
     """Why rows cannot be ordered, if they cannot: what the method does instead."""
     unstacked: ClassVar[str] = ""

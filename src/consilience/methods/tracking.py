@@ -55,7 +55,8 @@ class Tracking(Serverless):
     Invariants: sum_i c_i = 0, so the mean of z_i is that of the local gradients. At a fixed point all y_i are 0 and all
     x_i are the minimiser of (1/n) sum_i F_i, for any step size below the limit, where D-PSGD stays off it by about the
     step size times how much minimisers differ. Buffers of BatchNorm are mixed as in D-PSGD. The weight of neighbours
-    that do not take part stays at home. ``weights`` and ``form`` have no meaning here. Order "atc" steps along y_i and
+    that do not take part stays at home, which keeps columns' sums only where W is symmetric: with another all have to
+    take part in every round. ``weights`` and ``form`` have no meaning here. Order "atc" steps along y_i and
     so is for plain SGD.
 
     With one local step (c_i = y_i - g_i) this is gradient tracking as it is usually written,
@@ -75,6 +76,7 @@ class Tracking(Serverless):
     source = "Pu and Nedic, Math. Program."
     year = 2021
     needs = Needs(topology=True)
+    keeps_mean = True
 
     order: Literal["atc", "semi"] = option(
         "atc", "mix what steps would lead to, or only gradients first and all at once"
