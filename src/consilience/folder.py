@@ -69,7 +69,7 @@ class RunFolder:
     clients' states are to be kept, ``budget`` bytes of them in memory (None: all)."""
 
     def __init__(self, path: Path, budget: int | None = None) -> None:
-        self.path = path
+        self.path, self._made = path, False
         self.states = _states(path, budget)
         self.lines: list[dict[str, Any]] = []
         self.clients: list[dict[str, Any]] = []
@@ -93,7 +93,16 @@ class RunFolder:
             if made:
                 shutil.rmtree(path, ignore_errors=True)
             raise
-        return cls(path, budget)
+        folder = cls(path, budget)
+        folder._made = made
+        return folder
+
+    def discard(self) -> None:
+        """Leave nothing of a run that was refused when it was to start."""
+        for name in ("config.yaml", "federation.json", "partition.json"):
+            (self.path / name).unlink(missing_ok=True)
+        if self._made:
+            shutil.rmtree(self.path, ignore_errors=True)
 
     @classmethod
     def resume(cls, path: Path, budget: int | None = None) -> tuple[RunFolder, Snapshot | None, float]:

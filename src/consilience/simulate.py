@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,7 +23,7 @@ from consilience.core.messages import Device, Refusal
 from consilience.core.method import Method
 from consilience.core.model import Architecture, Weights
 from consilience.core.predict import Predictor
-from consilience.core.run import run as run_loop
+from consilience.core.run import Loop
 from consilience.core.setup import Setup
 from consilience.core.site import Place
 from consilience.core.site import Topology as Graphs
@@ -47,6 +48,7 @@ from consilience.parts.split import head_of
 from consilience.privacy.options import NONE, Privacy
 from consilience.schedule import names as schedules
 from consilience.schedule.buffered import Buffered
+from consilience.schedule.deadline import Deadline
 from consilience.schedule.gossip import Gossip
 from consilience.schedule.rounds import Rounds
 from consilience.wire.adversary import Adversary, attacked
@@ -184,6 +186,10 @@ def run(
     }  # fmt: skip
     found, rule = timing(worker, participation=participation, clock=clock, **when)  # type: ignore[arg-type]
     whole = cohort_size(participation, federation.n_seen) == federation.n_seen
+    if method.asks_all and not (whole and isinstance(rule, (Rounds, Deadline))):
+        raise ConfigError(
+            f"{method.name} asks every client in every round: use participation=1.0 and schedule=rounds or deadline"
+        )
     present = whole and availability == "always" and not drops
     if method.everybody:
         _check_everybody(method, present, rule, worker.place.topology)
@@ -202,13 +208,13 @@ def run(
         list(worker.place.architectures),
         worker.place.models,
         feature_dim,
-        topology,
+        _topology(topology),
         mixing,
         executor == "stacked",
     )
     devices = fleet if clock is None else getattr(clock, "name", type(clock).__qualname__)
     combines = rule if schedule is None or isinstance(schedule, str) else type(rule).__qualname__
-    more = (*([harm] if harm else []), *([privacy] if privacy != NONE else []))
+    more = (*([harm] if harm else []), *([privacy, rounds] if privacy != NONE else []))
     identity = repr((*named, devices, availability, drops, fleet_correlation, combines, *more))
     adversary = [] if harm is None else [Adversary(harm, worker, found, seed)]
     budget = None if client_state_memory is None else parse_bytes(client_state_memory)
@@ -237,7 +243,7 @@ def run(
             place = make_executor(executor, worker, workers)
             place.keep(states)
             try:
-                last = run_loop(place, setup, snapshot)
+                last = _begun(place, setup, snapshot, None if resume else recorder).run()
             finally:
                 place.close()
     if recorder is not None:
@@ -545,6 +551,22 @@ class _Keeper:
             self._folder.checkpoint(snapshot)
         else:
             self._states.shrink()
+
+
+def _begun(place: Executor, setup: Setup, snapshot: Snapshot | None, fresh: RunFolder | None) -> Loop:
+    """The loop. Where the method refuses what it is to start from, nothing is left of a ``fresh`` folder."""
+    try:
+        return Loop(place, setup, snapshot)
+    except ConfigError:
+        if fresh is not None:
+            fresh.discard()
+        raise
+
+
+def _topology(name: str) -> str:
+    """A topology as a resumed run has to have it: a file is what stands in it."""
+    path = Path(name)
+    return f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}" if path.is_file() else name
 
 
 def _recorder(

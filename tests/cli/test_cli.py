@@ -179,7 +179,9 @@ def test_methods_and_cards(tmp_path: Path) -> None:
         lines = card["text"].splitlines()
         indents = {len(line) - len(line.lstrip()) for line in lines if line}
         assert not indents & {1, 2, 3}, card["name"]
-        assert any(line.startswith("Source:") for line in lines) or card["family"] == "baseline", card["name"]
+        assert any(line.startswith(("Source:", "Sources:")) for line in lines) or card["family"] == "baseline", card[
+            "name"
+        ]
     shown = consilience("methods", "scaffold", cwd=tmp_path).stdout
     assert "c_i+ = c_i - c + (x - y_i) / (K_i eta)" in shown
     assert "Karimireddy" in shown

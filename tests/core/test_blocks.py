@@ -88,6 +88,8 @@ def test_the_methods_that_want_no_more_than_sums() -> None:
         "perfedavg",
         "spectral",
         "fedins",
+        "fal",
+        "co2",
     ]
 
 

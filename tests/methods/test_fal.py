@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import federation, worker
+from helpers import NORMED, federation, site, worker
 
 import consilience
 from consilience.core.errors import ConfigError
@@ -66,15 +66,17 @@ def test_steps_are_those_of_the_definition_and_stay_in_the_box() -> None:
     assert (moved - outside).abs().max() <= 0.1 + 1e-12
 
 
-def test_parameters_get_no_gradient_and_statistics_do_not_move() -> None:
-    fed = federation()
-    at = worker(FAL(attack_steps=2), fed)
-    params = at.host(0, "x").borrow()
-    module = params.module.train()
-    x, y = fed.parts[0].train.x.float(), fed.parts[0].train.y
-    worst(lambda u: torch.nn.functional.cross_entropy(module(u), y, reduction="none"), x, torch.zeros_like(x),
-          eps=0.1, size=0.1, steps=2, bounds=Bounds())  # fmt: skip
-    assert all(p.grad is None for p in module.parameters())
+def test_the_inner_loop_moves_no_statistics() -> None:
+    """BatchNorm has seen as many batches as there were steps, whatever the adversary asked."""
+    seen = []
+    for steps in (0, 3):
+        at = worker(FAL(attack_steps=steps, batch_size=4, local_steps=2, form="delta"), federation(), NORMED)
+        start = at.method.broadcast(at.program[0], at.method.init_server(at.host(0, "init")), None)  # type: ignore[arg-type]
+        update, _ = at.method.client_update(at.program[0], site(at), start, None)
+        seen.append([int(b) for name, b in update.buffers.items() if name.endswith("num_batches_tracked")])
+    assert seen[0] == seen[1]
+    assert seen[0]
+    assert set(seen[0]) == {2}
 
 
 @pytest.mark.parametrize("bad", ["x", "1:0", "0", "0:1:2", "nan:1", "1:1"])
@@ -133,6 +135,9 @@ def test_robustness_needs_images_and_a_global_model() -> None:
     rows = federation()
     with pytest.raises(ConfigError, match="images"):
         robustness(consilience.run(FedAvg(), rows, model="logistic", rounds=1, executor="serial"), 0.1)
+    found = consilience.run(FedAvg(), fed, rounds=1, **DIGITS)
+    with pytest.raises(ConfigError, match="given rows"):
+        robustness(found, 0.1, rows=Split(found.worker.federation.test.x[:0], found.worker.federation.test.y[:0]))
     with pytest.raises(ConfigError, match="eps"):
         robustness(consilience.run(FedAvg(), fed, rounds=1, **DIGITS), -1.0)
     some = Split(fed.test.x[:5], fed.test.y[:5])

@@ -362,6 +362,9 @@ def test_compression_saves_bytes_both_ways() -> None:
         (Masha1, {"compress_down": "sign"}, "unbiased"), (Masha2, {"compress": "topk:0.1"}, "errors are fed back"),
         (Masha2, {"compress_down": "ef:topk:0.1"}, "unknown compressor"), (Masha1, {"refresh": 0}, "refresh"),
         (LocalGDA, {"p": 0}, "p=0"), (LocalGDA, {"variant": "x"}, "variant"),
+        (LocalGDA, {"compress": "topk:0.1"}, "use compress=identity"),
+        (LocalGDA, {"variant": "svrg", "compress_down": "topk:0.1"}, "use compress_down=identity"),
+        (LocalGDA, {"client_momentum": 0.9}, "use client_momentum=0"),
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused(cls: Any, options: dict[str, Any], words: str) -> None:

@@ -205,7 +205,7 @@ def test_rules_go_in_front_of_methods(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["krum:0.5", "krum:x", "cclip:0", "bucketing+krum", "nnm:0.7+rfa", "median+krum", "nnm:0.2"]
+    "name", ["krum:0.5", "krum:x", "cclip:0", "bucketing:0+krum", "nnm:0.7+rfa", "median+krum", "nnm:0.2"]
 )
 def test_rules_that_make_no_sense_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="aggregator"):

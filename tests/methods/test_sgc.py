@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import LINEAR64, NORMED, federation, reply, vector, worker
+from helpers import LINEAR, LINEAR64, NORMED, federation, reply, vector, worker
 
 import consilience
+from consilience import simulate
 from consilience.core import tree as tr
 from consilience.core.errors import ConfigError
 from consilience.core.events import Instant
@@ -122,3 +124,20 @@ def test_batchnorm_and_momentum_are_refused() -> None:
         at.method.init_server(at.host(0, "init"))
     with pytest.raises(ConfigError, match="plain gradient"):
         SGC(momentum=0.5)
+
+
+@pytest.mark.parametrize(
+    "options", [{"schedule": "async"}, {"schedule": "buffered:2"}, {"participation": 0.5}, {"participation": 2}]
+)
+def test_rounds_that_do_not_ask_everybody_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="every client in every round"):
+        simulate.run(SGC(), federation(), model=LINEAR, rounds=2, executor="serial", **options)
+
+
+def test_a_code_that_cannot_be_leaves_no_folder(tmp_path: Path) -> None:
+    for folder in (tmp_path / "new", tmp_path):
+        with pytest.raises(ConfigError, match="at most 4"):
+            simulate.run(
+                SGC(scheme="gc", stragglers=9), federation(), model=LINEAR, rounds=2, executor="serial", out=folder
+            )
+        assert not list(tmp_path.iterdir())

@@ -13,9 +13,9 @@ import consilience.privacy.options
 from consilience.core import tree as tr
 from consilience.core.errors import ConfigError
 from consilience.core.messages import Job
-from consilience.methods import DPSGD, FedAvg, FedMD, Scaffold
+from consilience.methods import DPSGD, IFCA, FedAvg, FedDyn, FedMD, Masha1, Scaffold
 from consilience.parts.compose import composed
-from consilience.parts.history import Past, Remembering
+from consilience.parts.history import Momenta, Past
 
 BETA = 0.7
 DOUBLE = architecture(Linear, dtype=torch.float64)
@@ -25,7 +25,7 @@ RUN: dict[str, Any] = {"model": "mlp:8", "rounds": 3, "executor": "serial", "eva
 def test_without_it_nothing_changes() -> None:
     plain = FedAvg(form="delta", client_momentum=0.0)
     assert composed(plain) is plain
-    assert isinstance(composed(FedAvg(client_momentum=0.5)), Remembering)
+    assert isinstance(composed(FedAvg(client_momentum=0.5)), Momenta)
     assert composed(FedAvg(client_momentum=0.5)).form == "delta"
 
 
@@ -71,15 +71,18 @@ def test_with_everybody_the_mean_of_momenta_is_a_momentum_of_means() -> None:
 
 
 def test_controls_travel_as_they_are() -> None:
-    fed = consilience.make_federation("digits", clients=3, seed=0)
-    one = {**RUN, "rounds": 2}
-    first = consilience.run(Scaffold(), fed, **{**RUN, "rounds": 1})
-    again = consilience.run(Scaffold(client_momentum=0.9), fed, **{**RUN, "rounds": 1})
-    assert tr.digest(first.server) == tr.digest(again.server)  # no past yet
-    assert (
-        consilience.run(Scaffold(client_momentum=0.9), fed, **one).digest
-        != consilience.run(Scaffold(), fed, **one).digest
-    )
+    """Of what a client sends for its second job, the difference has a past and the control is plain."""
+    fed = federation()
+    plain, heavy = (worker(composed(Scaffold(client_momentum=beta, batch_size=4)), fed) for beta in (0.0, 0.9))
+    message = plain.method.broadcast(plain.program[0], plain.method.init_server(plain.host(0, "init")), None)  # type: ignore[arg-type]
+    sent: list[Any] = []
+    for at in (plain, heavy):
+        state = None
+        for number in (1, 2):
+            work, state = at.do_train(message, Job(number, 0, number, 0, 0, 0), state)
+        sent.append(work.update)
+    assert tr.digest(sent[0].control) == tr.digest(sent[1].control)
+    assert tr.digest(sent[0].delta) != tr.digest(sent[1].delta)
 
 
 def test_it_goes_with_aggregators_compression_privacy_and_attacks() -> None:
@@ -106,3 +109,9 @@ def test_methods_that_send_no_differences_are_refused(method: Any) -> None:
 def test_shares_that_make_no_sense_are_refused(bad: float) -> None:
     with pytest.raises(ConfigError, match="client_momentum"):
         FedAvg(client_momentum=bad)
+
+
+@pytest.mark.parametrize("cls", [FedDyn, IFCA, Masha1])
+def test_methods_that_rely_on_what_was_sent_are_refused(cls: Any) -> None:
+    with pytest.raises(ConfigError, match="relies on what its clients have sent"):
+        composed(cls(client_momentum=0.5))

@@ -261,3 +261,11 @@ def test_options_that_make_no_sense() -> None:
         result("fedavg", Privacy(noise=1.0, clip="adaptive:0.5", mechanism="tree"))
     assert Clip() == parse("1.0")
     assert Fixed(10, 2, 1).epsilon(1.0, 1, 1e-5) > Poisson(10, 2, 1).epsilon(1.0, 1, 1e-5)
+
+
+def test_a_budget_for_other_rounds_is_not_gone_on_with(tmp_path: Path) -> None:
+    """The noise was found for as many rounds as were planned."""
+    asked = Privacy(epsilon=3.0, delta=1e-5, mechanism="fixed")
+    result("fedavg", asked, rounds=2, out=tmp_path / "run")
+    with pytest.raises(CheckpointError, match="began with another"):
+        result("fedavg", asked, rounds=8, out=tmp_path / "run", resume=True)

@@ -21,7 +21,7 @@ from consilience.privacy.ledger import Ledger
 from consilience.privacy.mechanism import Fixed
 from consilience.privacy.options import Privacy
 from consilience.privacy.protocol import Client, Unmask, stream, total
-from consilience.privacy.secret import BITS, Secret, decode, encode, rounding
+from consilience.privacy.secret import BITS, Secret, decode, encode, rounding, threshold
 from consilience.privacy.shamir import join, split
 from consilience.simulate import Result, run
 
@@ -221,3 +221,8 @@ def test_a_bound_below_rounding_and_cohorts_of_one_are_refused() -> None:
         both(noise=1.0, privacy={"clip": "1e-9"})
     with pytest.raises(ConfigError, match="one client's update hides nothing"):
         both(noise=1.0, participation=1)
+
+
+@pytest.mark.parametrize(("share", "asked", "needed"), [(0.56, 25, 14), (0.55, 100, 55), (0.6, 5, 3), (0.51, 3, 2)])
+def test_the_share_is_taken_as_it_reads(share: float, asked: int, needed: int) -> None:
+    assert threshold(share, asked) == needed

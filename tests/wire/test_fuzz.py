@@ -200,6 +200,17 @@ def test_bytes_cannot_be_used_twice() -> None:
         decode(len(text).to_bytes(8, "little") + text + bytes(1000))
 
 
+def test_a_tensor_cannot_be_referred_to_twice() -> None:
+    """One of 1 KiB that stands in the structure 9,999 times would be 10 MB wherever it is copied."""
+    header: dict[str, Any] = {"0": {"dtype": "U8", "shape": [1024], "data_offsets": [0, 1024]}}
+    header["__metadata__"] = {"tree": json.dumps({"l": [{"t": 0}] * 9999})}
+    text = json.dumps(header).encode()
+    with pytest.raises(DecodeError, match="damaged"):
+        decode(len(text).to_bytes(8, "little") + text + bytes(1024))
+    tensor = torch.zeros(3)
+    assert len(decode(encode([tensor, tensor]))) == 2
+
+
 def test_dimensions_are_few() -> None:
     with pytest.raises(DecodeError):
         decode(blob_of([1] * 65))

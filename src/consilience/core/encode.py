@@ -223,7 +223,7 @@ def _grow(node: Any, found: dict[str, Tensor], depth: int) -> Tree:
         return node
     try:
         if "t" in node:
-            return found[str(node["t"])]
+            return found.pop(str(node["t"]))  # each tensor once, so that a structure holds no more than was sent
         if "d" in node:
             return {key: _grow(child, found, depth + 1) for key, child in node["d"]}
         if "r" in node:

@@ -123,8 +123,12 @@ class Method(Training):
     """Whether ``host.rows`` is wanted: all clients' training rows together, which takes asking each of them."""
     takes_rules: ClassVar[bool] = False
     """Whether ``aggregate`` weighs by :meth:`shares`, so that a rule may give the weights."""
+    takes_momentum: ClassVar[bool] = True
+    """Whether clients that send differences may send momenta of them: not where they rely on what they sent."""
     takes_aggregator: ClassVar[bool] = False
     """Whether ``aggregate`` may be given one update in the place of several, though it wants more than their sums."""
+    asks_all: ClassVar[bool] = False
+    """Whether each round asks every client, one round after another; not all of them need to come."""
     gossips: ClassVar[bool] = False
     """Whether a node may mix what neighbours sent in rounds of their own, whenever it has come."""
     keeps_mean: ClassVar[bool] = False

@@ -6,6 +6,7 @@ The server's own work is done here.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 REMOTE = ("train", "judge", "send", "mix")
 """A worker's functions that need a client's rows or state."""
+MOST = 2**53
+"""Counts that a site may tell: whole numbers up to here are floating-point numbers too."""
 
 
 class Flower(Executor):
@@ -121,9 +124,11 @@ def _read(call: str, answer: Answer, limit: int) -> Tree:
     parts = [decode(blob, limit=limit) for blob in answer.blobs]
     if call == "train":
         update, (work, state) = parts
-        if not isinstance(work, Work) or not _counts(work.samples, work.steps):
+        if not isinstance(work, Work) or not _spent(work.samples, work.steps, work.flops):
             raise ValueError("no work")
-        if type(work.loss) is not float or not isinstance(work.flops, (int, float)):
+        if not (work.behind is None or (type(work.behind) is tuple and len(work.behind) == 3 and _spent(*work.behind))):
+            raise ValueError("no work behind")
+        if type(work.loss) is not float:
             raise ValueError("no loss")
         return work._replace(update=update, before=_score(work.before), after=_score(work.after)), _kept(state)
     if call == "judge":
@@ -139,7 +144,12 @@ def _kept(state: Any) -> Elsewhere | None:
 
 
 def _counts(*values: Any) -> bool:
-    return all(type(value) is int and value >= 0 for value in values)
+    return all(type(value) is int and 0 <= value <= MOST for value in values)
+
+
+def _spent(samples: Any, steps: Any, flops: Any) -> bool:
+    """Whether these can be samples, steps and FLOP, which are added up and multiplied."""
+    return _counts(samples, steps) and (_counts(flops) or (type(flops) is float and 0 <= flops < math.inf))
 
 
 def _score(score: Any) -> Score | None:

@@ -49,7 +49,7 @@ def robustness(
     rows, or no images.
     """
     worker, predictor = result.worker, result.global_model
-    data, box = rows or worker.federation.test, parse_bounds(bounds)
+    data, box = worker.federation.test if rows is None else rows, parse_bounds(bounds)
     if predictor is None or data is None or not len(data) or worker.federation.task.kind != "classification":
         raise ConfigError("robustness is that of a global model that classifies, on a global test set or given rows")
     if not 0 <= eps < math.inf or min(steps, restarts, queries) < 1:
@@ -109,7 +109,8 @@ def square_inputs(
         channel goes up or down to the end of its box; kept where the margin s_y - max_{c != y} s_c becomes less
 
     Source: Andriushchenko, Croce, Flammarion, Hein, "Square Attack: a query-efficient black-box adversarial attack via
-    random search", ECCV 2020 (largest norm). Deviation: every image is asked about as often, also once it is misled.
+    random search", ECCV 2020 (largest norm). Deviations: every image is asked about as often, also once it is
+    misled; signs that change nothing are not drawn again, so some questions are wasted.
     """
     n, channels, height, width = x.shape
     low = (x - eps).clamp(min=bounds.low).minimum(x)

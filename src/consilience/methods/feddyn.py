@@ -52,6 +52,7 @@ class FedDyn(Method):
     family = "skewed data"
     source = "Acar et al., ICLR"
     year = 2021
+    takes_momentum = False
 
     alpha: Annotated[float, Gt(0)] = option(0.01, "weight of the regulariser", Search(1e-3, 1.0))
     weights: Literal["uniform"] = option("uniform", "a client's weight (uniform in the paper)")

@@ -58,6 +58,7 @@ class IFCA(Method):
     family = "clusters"
     source = "Ghosh et al., NeurIPS"
     year = 2020
+    takes_momentum = False
     needs = Needs(loss=True)
 
     clusters: Annotated[int, Ge(1)] = option(4, "how many models", Search(2, 8))

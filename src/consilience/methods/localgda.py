@@ -10,6 +10,7 @@ import torch
 from annotated_types import Ge, Gt, Le
 
 from consilience.core import tree as tr
+from consilience.core.errors import ConfigError
 from consilience.core.fit import Batch, Grad, Plan, Step
 from consilience.core.messages import Broadcast, ClientInfo, Control, Model, Reply
 from consilience.core.method import Method, Phase, ServerState
@@ -52,6 +53,10 @@ class Skips(NamedTuple):
     control: Params
     sent: Params | None = None
     anchor: Anchor | None = None
+
+
+USUAL = {"compress": "identity", "compress_down": "identity", "client_momentum": 0.0, "aggregator": "mean"}
+"""What "proxskip" and "svrg" need of options on messages."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,14 @@ class LocalGDA(Method):
     def everybody(self) -> bool:
         """The controls sum to 0 over everybody."""
         return self.skips
+
+    def check(self) -> None:
+        """Controls go by what was sent, so that has to arrive as it was, and its mean to come back."""
+        for key, usual in USUAL.items() if self.skips else ():
+            if getattr(self, key) != usual:
+                raise ConfigError(
+                    f"localgda: {key}={getattr(self, key)} bends what variant={self.variant} goes by; use {key}={usual}"
+                )
 
     def program(self) -> tuple[Phase, ...]:
         """Local steps; in "gt" after F_i(x) of everybody."""

@@ -99,6 +99,7 @@ class Masha1(Method):
     family = "minimax"
     source = "Beznosikov et al., NeurIPS"
     year = 2022
+    takes_momentum = False
     confidence = "medium"
     compresses = "down"
     feeds: ClassVar[str] = ""

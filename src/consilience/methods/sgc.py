@@ -113,6 +113,7 @@ class SGC(Method):
     source = "Krishnan et al., ICLR"
     year = 2023
     needs = Needs(classification=True)
+    asks_all = True
     own_batches = "passes all rows of its chunks"
     unstacked = "each worker has other rows and models"
 

@@ -3,7 +3,7 @@ send momenta, or travel compressed: made of a method and a rule, an aggregator, 
 compressors.
 
 Such a method is a subclass of it with :class:`Weighed`, :class:`Combined`, :class:`Chosen`, :class:`Calibrated`,
-:class:`Remembering` or :class:`Compressed` in front, so that all else that it sends, trains and deploys is its own.
+:class:`Momenta` or :class:`Compressed` in front, so that all else that it sends, trains and deploys is its own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from consilience.parts.calibrated import Calibrated
 from consilience.parts.chosen import Chosen
 from consilience.parts.combined import Combined
 from consilience.parts.compressed import Compressed
-from consilience.parts.history import Remembering
+from consilience.parts.history import Momenta
 from consilience.parts.weighed import Asked, Weighed
 from consilience.parts.weights import RULES
 from consilience.privacy import rows
@@ -36,12 +36,14 @@ def composed(method: Method) -> Method:
         if feedback.parse(method.compress) is not None:
             method = _differing(method, "only differences are compressed")
         mixins.append(Compressed)
-    if not isinstance(method, Remembering) and method.client_momentum:
+    if not isinstance(method, Momenta) and method.client_momentum:
         method = _differing(method, "only differences are given a momentum; use client_momentum=0")
+        if not method.takes_momentum:
+            raise ConfigError(f"{method.name} relies on what its clients have sent; use client_momentum=0")
         sent = [method.sends(phase) for phase in method.program()]
         if None not in sent and not any(Kind.DELTA in kinds(t).values() for t in sent if isinstance(t, type)):
             raise ConfigError(f"{method.name} sends no differences that could have a momentum; use client_momentum=0")
-        mixins.append(Remembering)
+        mixins.append(Momenta)
     if not isinstance(method, Calibrated) and calibration.parse(method.then) is not None:
         if type(method).global_model not in (Method.global_model, Weighed.global_model):
             raise ConfigError(f"{method.name} has no global model of its own head; use then=none")
@@ -108,13 +110,13 @@ def _made(mixins: tuple[type[Method], ...], base: type[Method], fields: dict[str
         name = "".join(m.__name__ for m in mixins) + base.__name__
         space: dict[str, Any] = {"__reduce__": lambda self: (_made, (mixins, base, _fields(self)))}
         space["__module__"] = base.__module__
-        outside = (rows.Guarded, Compressed, Remembering, Calibrated, Chosen)
+        outside = (rows.Guarded, Compressed, Momenta, Calibrated, Chosen)
         first = tuple(m for m in mixins if m in outside)
         needs = dataclasses.replace(base.needs, loss=True) if Chosen in first else base.needs
         if Calibrated in first:
             needs = dataclasses.replace(needs, split_model=True, classification=True)
         space["needs"] = needs
-        if Remembering in mixins and {*mixins} <= {Remembering, rows.Guarded} and sums_suffice(base(**fields)):
+        if Momenta in mixins and {*mixins} <= {Momenta, rows.Guarded} and sums_suffice(base(**fields)):
             space["sums"] = base.sums  # a momentum in the place of a difference changes nothing of what is wanted
         rest = mixins[len(first) :]
         parents: tuple[type, ...]

@@ -22,7 +22,7 @@ class Past(NamedTuple):
     momentum: dict[str, Params]
 
 
-class Remembering(Method):
+class Momenta(Method):
     """Mixin: in the place of each difference Delta_i a client sends
 
         m_i <- beta m_i + (1 - beta) Delta_i,   m_i = Delta_i at first,   beta = ``client_momentum``

@@ -49,6 +49,11 @@ def rounding(numbers: int) -> float:
     return math.sqrt(numbers) * 2.0 ** -(FRACTION + 1)
 
 
+def threshold(share: float, asked: int) -> int:
+    """How many of those who were asked have to be left."""
+    return max(2, math.ceil(share * asked - 1e-9))
+
+
 @dataclass(frozen=True)
 class Secret:
     """A core ``Release``: the x_i are the updates times their weights, as fixed-point numbers, and their sum is exact.
@@ -101,9 +106,8 @@ class Secret:
     def of(self, vectors: Mapping[int, np.ndarray], asked: Sequence[int], version: int) -> np.ndarray:
         """The sum of clients' vectors of numbers, of those of ``asked`` who are left. Raises ConsilienceError."""
         ids = {client: i for i, client in enumerate(sorted(asked), 1)}
-        threshold = max(2, math.ceil(self.share * len(ids)))
         coded = {ids[client]: encode(vector, len(ids)) for client, vector in vectors.items()}
-        return decode(self.sum(coded, sorted(ids.values()), threshold, version))
+        return decode(self.sum(coded, sorted(ids.values()), threshold(self.share, len(ids)), version))
 
     def sum(
         self, vectors: Mapping[int, np.ndarray], everybody: Sequence[int], threshold: int, version: int
