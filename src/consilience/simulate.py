@@ -190,8 +190,11 @@ def run(
         raise ConfigError(
             f"{method.name} asks every client in every round: use participation=1.0 and schedule=rounds or deadline"
         )
+    present = whole and availability == "always" and not drops
     if method.everybody:
-        _check_everybody(method, whole and availability == "always" and not drops, rule, worker.place.topology)
+        _check_everybody(method, present, rule, worker.place.topology)
+    if method.keeps_mean and worker.place.topology is not None:
+        _check_mean(method, present and isinstance(rule, Rounds), worker.place.topology)
     path = None if out is None else Path(out)
     cohort = cohort_size(participation, federation.n_seen)
     release = partial(privacy.release, worker, rule, rounds=rounds, cohort=cohort, available=availability == "always")
@@ -394,6 +397,19 @@ def _check_everybody(method: Method, present: bool, rule: Schedule, topology: Gr
         raise ConfigError(
             f"{method.name} with these options takes every client in every round: use participation=1.0, "
             "availability=always, drops=0 and schedule=rounds"
+        )
+
+
+def _check_mean(method: Method, present: bool, topology: Graphs) -> None:
+    """Raise ConfigError if mixing can move a mean that the method goes by."""
+    if not topology.balanced:
+        raise ConfigError(
+            f"{method.name} needs weights whose columns sum to 1, and those of 'pull' do not; use another"
+        )
+    if not present and not topology.symmetric:
+        raise ConfigError(
+            f"{method.name} over a topology whose weights are not symmetric takes every client in every round: use "
+            "participation=1.0, availability=always, drops=0 and schedule=rounds, or another topology"
         )
 
 

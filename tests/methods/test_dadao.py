@@ -145,3 +145,9 @@ def test_what_makes_no_sense_is_refused(q: Quadratics, tmp_path: Any) -> None:
     (tmp_path / "edges.txt").write_text("0 1\n1 2\n3 4\n4 5\n")
     with pytest.raises(ConfigError, match="in parts"):
         run(DADAO(), q.fed, 2, topology=str(tmp_path / "edges.txt"))
+    cycle = np.eye(N) / 2 + np.roll(np.eye(N), 1, axis=1) / 2
+    np.savetxt(tmp_path / "cycle.txt", cycle)
+    with pytest.raises(ConfigError, match=r"node 0 hears node 1 and not the other way"):
+        run(DADAO(), q.fed, 1, topology=str(tmp_path / "cycle.txt"))
+    with pytest.raises(ConfigError, match="in parts"):
+        run(DADAO(), q.fed, 1, topology="none")

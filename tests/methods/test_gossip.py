@@ -8,7 +8,8 @@ from typing import Any
 import helpers
 import pytest
 import torch
-from helpers import LINEAR64, NORMED, federation, vector
+from helpers import LINEAR64, NORMED, architecture, federation, vector
+from torch import nn
 
 import consilience
 from consilience.core import failpoint
@@ -21,6 +22,7 @@ from consilience.core.messages import Device, Inbox, Job, Trip
 from consilience.core.model import Weights
 from consilience.fleet.varying import Topology
 from consilience.methods import DPSGD, MHD, DProxSGT, FedAvg, FinalMerge, Local, SCooL, VarGossip
+from consilience.models.small import SplitModel
 
 USUAL: dict[str, Any] = {"batch_size": 4, "lr": 0.1}
 N = 5
@@ -218,6 +220,35 @@ def test_statistics_are_those_of_the_merged_model() -> None:
     means = torch.stack([result.states[i].model.buffers["features.1.running_mean"] for i in range(N)])
     server = result.server.model.buffers["features.1.running_mean"]
     torch.testing.assert_close(server, (rows[:, None] * means).sum(0) / rows.sum())
+
+
+def test_where_nothing_can_be_merged_nodes_keep_their_models() -> None:
+    """All have diverged, so none sends a model that is finite."""
+    merged = run(FinalMerge(**{**USUAL, "lr": 1e308}), rounds=3, topology="ring")
+    plain = run(DPSGD(**{**USUAL, "lr": 1e308}), rounds=3, topology="ring")
+    assert len(merged.refused) > len(plain.refused)
+    assert merged.server.model is None
+    assert digests(merged) == digests(plain)
+
+
+class DropoutFirst(SplitModel):
+    """What BatchNorm sees depends on what dropout draws."""
+
+    def __init__(self, input_shape: tuple[int, ...], outputs: int) -> None:
+        super().__init__(
+            nn.Sequential(nn.Linear(input_shape[0], 6), nn.Dropout(0.5), nn.BatchNorm1d(6)), nn.Linear(6, outputs), 6
+        )
+
+
+def test_statistics_have_a_stream_of_their_own() -> None:
+    found = set()
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.random.get_rng_state()
+        merged = run(FinalMerge(**USUAL), architecture(DropoutFirst), rounds=1, topology="ring")
+        found.add(tr.digest(merged.server))
+        assert torch.equal(torch.random.get_rng_state(), before)
+    assert len(found) == 1
 
 
 # --- variance -------------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from consilience.core.federation import ClientData, Split, Task
 from consilience.fleet import topology
 from consilience.methods import DPSGD, DProxSGT, Local, Tracking
 from consilience.parts import proximal
-from tests.helpers import LINEAR, LINEAR64, NORMED, SCALAR64, Parts, federation, vector
+from tests.helpers import LINEAR, LINEAR64, NORMED, SCALAR64, Frozen, Parts, architecture, federation, vector
 
 N = 5
 LR = 0.2
@@ -231,6 +233,35 @@ def test_everybody_has_the_same_public_copies(ring: Quadratics, compress: str) -
         np.testing.assert_allclose(kept, ring.w @ own, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "method",
+    [DPSGD, Tracking, partial(Tracking, order="semi"), DProxSGT, partial(DProxSGT, compress="topk:0.5")],
+    ids=["dpsgd", "atc", "semi", "dproxsgt", "compressed"],
+)
+def test_local_buffers_stay_at_their_node(method: Any) -> None:
+    """On a complete graph mixed ones are the same everywhere; what travels has no buffers where they are local."""
+    differ, bytes_up = {}, {}
+    for buffers in ("average", "local"):
+        found = run(method(buffers=buffers, batch_size=4, lr=0.1), federation(), 1, model=NORMED, topology="complete")
+        models = [getattr(state, "state", state).model for state in found.states.values()]
+        differ[buffers] = len({tr.digest(m.buffers["features.1.running_mean"]) for m in models})
+        bytes_up[buffers] = found.history[-1]["bytes_up"]
+        assert all(set(m.buffers) == set(NORMED.initial(0).buffers) for m in models)
+    assert differ == {"average": 1, "local": N}
+    assert bytes_up["local"] < bytes_up["average"]
+
+
+@pytest.mark.parametrize("compress", ["identity", "topk:0.5", "randk:0.3", "qsgd:4"])
+def test_what_the_model_froze_stays(compress: str) -> None:
+    model = architecture(Frozen)
+    found = run(DProxSGT(compress=compress, batch_size=4, lr=0.1), federation(), 3, model=model)
+    begun = model.initial(0).params
+    for state in found.states.values():
+        for name in ("features.weight", "features.bias"):
+            torch.testing.assert_close(state.model.params[name], begun[name], rtol=1e-6, atol=0)
+        assert (state.model.params["head.weight"] != begun["head.weight"]).any()
+
+
 # --- rates -----------------------------------------------------------------------------------------------------
 
 
@@ -341,6 +372,33 @@ def test_increments_may_not_be_missed() -> None:
         with pytest.raises(ConfigError, match="every client in every round"):
             run(DProxSGT(compress="topk:0.5"), federation(), 2, model=LINEAR, **options)
     run(DProxSGT(), federation(), 2, model=LINEAR, participation=3)
+
+
+@pytest.mark.parametrize("method", [Tracking(), DProxSGT()], ids=["tracking", "dproxsgt"])
+def test_weights_that_move_the_mean_are_refused(method: Any, tmp_path: Path) -> None:
+    cycle, symmetric = tmp_path / "cycle.txt", tmp_path / "symmetric.txt"
+    np.savetxt(cycle, np.eye(N) / 2 + np.roll(np.eye(N), 1, axis=1) / 2)
+    np.savetxt(symmetric, matrix("ring"))
+    with pytest.raises(ConfigError, match="columns sum to 1"):
+        run(method, federation(), 2, model=LINEAR, topology="ring,pull:0.5")
+    for graph in ("onepeer", "matching,onepeer", str(cycle)):
+        for away in (
+            {"participation": 3},
+            {"availability": "bernoulli:0.5"},
+            {"drops": 0.1},
+            {"schedule": "deadline:9"},
+        ):
+            with pytest.raises(ConfigError, match="not symmetric takes every client in every round"):
+                run(method, federation(), 2, model=LINEAR, topology=graph, **away)
+    for graph in ("ring", "matching", "anew:er:0.5", str(symmetric)):
+        assert controls(run(method, federation(), 2, model=LINEAR, topology=graph, participation=3)) < 1e-4
+    for graph in ("onepeer", str(cycle)):
+        assert controls(run(method, federation(), 2, model=LINEAR, topology=graph)) < 1e-4
+
+
+def controls(result: consilience.Result) -> float:
+    """How far the sum of all c_i is from 0."""
+    return float(torch.stack([vector(state.control) for state in result.states.values()]).sum(0).abs().max())
 
 
 @pytest.mark.parametrize(

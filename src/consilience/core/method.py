@@ -131,6 +131,8 @@ class Method(Training):
     """Whether each round asks every client, one round after another; not all of them need to come."""
     gossips: ClassVar[bool] = False
     """Whether a node may mix what neighbours sent in rounds of their own, whenever it has come."""
+    keeps_mean: ClassVar[bool] = False
+    """Whether the mean over nodes must survive mixing in every round: weights' columns have to sum to 1."""
     own_batches: ClassVar[str] = ""
     """Why rows cannot be ordered, if they cannot: what the method does instead."""
     unstacked: ClassVar[str] = ""

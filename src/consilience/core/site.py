@@ -33,6 +33,16 @@ class Topology(Protocol):
         """Whether all rounds have the same weights."""
         ...
 
+    @property
+    def balanced(self) -> bool:
+        """Whether columns of weights sum to 1 in all rounds, as rows do, so that mixing keeps the mean."""
+        ...
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether two nodes weigh each other alike in all rounds. Then columns sum to 1 whoever is absent, too."""
+        ...
+
     def at(self, round: int) -> Mapping[int, Mapping[int, float]]:
         """The mixing weights of a round, counted from 0, by client and neighbour, itself included. Rows sum to 1."""
         ...

@@ -15,6 +15,7 @@ import numpy as np
 from consilience.core.errors import ConfigError
 from consilience.core.streams import philox
 from consilience.fleet.topology import (
+    TOLERANCE,
     Graph,
     Weights,
     components,
@@ -131,6 +132,14 @@ class Pull:
         }
 
 
+def _symmetric(part: Part) -> bool:
+    """Matchings and graphs that are drawn always are."""
+    if isinstance(part, Static):
+        same = part.same
+        return all(abs(same[j].get(i, 0.0) - w) <= TOLERANCE for i, row in same.items() for j, w in row.items())
+    return not isinstance(part, Pull) and not (isinstance(part, OnePeer) and part.n > 2)
+
+
 def _half(i: int, j: int) -> dict[int, float]:
     return dict.fromkeys(sorted((i, j)), 0.5) if i != j else {i: 1.0}
 
@@ -159,6 +168,16 @@ class Topology:
     def static(self) -> bool:
         """Whether all rounds have the same weights."""
         return len(self.plan) == 1 and isinstance(self.plan[0][1], Static)
+
+    @property
+    def balanced(self) -> bool:
+        """Whether columns of weights sum to 1 in all rounds, as rows do, so that mixing keeps the mean."""
+        return not any(isinstance(part, Pull) for _, part in self.plan)
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether two nodes weigh each other alike in all rounds. Then columns sum to 1 whoever is absent, too."""
+        return all(_symmetric(part) for _, part in self.plan)
 
     def at(self, round: int) -> Weights:
         """The weights of a round, counted from 0, by client and neighbour, itself included."""

@@ -114,8 +114,16 @@ class DADAO(Serverless):
         return (Phase("tick"), Phase("exchange", over="neighbours"))
 
     def init_server(self, host: Host) -> Clock:
-        """Who is connected."""
-        return Clock(host.place.seed, *_graph(host.place))
+        """Who is connected. Raises ConfigError for edges in one direction, and for a graph in parts."""
+        assert host.place.topology is not None
+        rows = host.place.topology.at(0)
+        one_way = [(i, j) for i in sorted(rows) for j in sorted(rows[i]) if i not in rows[j]]
+        if one_way:
+            i, j = one_way[0]
+            raise ConfigError(f"dadao: node {i} hears node {j} and not the other way; give edges in both directions")
+        nodes, edges = _graph(host.place)
+        spread(nodes, edges)
+        return Clock(host.place.seed, nodes, edges)
 
     def select(self, server: Clock, view: Any) -> Sequence[int]:
         """Whose clock ticks."""
@@ -224,7 +232,7 @@ def _graph(place: Place) -> tuple[tuple[int, ...], Edges]:
 def spread(nodes: tuple[int, ...], edges: Edges) -> tuple[float, float, float]:
     """chi_1, chi_2, and the rate lambda of exchanges; zeros for a lone node. Raises ConfigError for a graph in
     parts."""
-    if not edges:
+    if len(nodes) == 1:
         return 0.0, 0.0, 0.0
     place = {node: i for i, node in enumerate(nodes)}
     laplacian = np.zeros((len(nodes), len(nodes)))

@@ -119,7 +119,9 @@ class DProxSGT(Tracking):
         node: Node = super().init_client(site)
         if self.compressor() is None:
             return node
-        return Told(node.model, node.control, Public(node.control, node.control), Public(node.control, node.control))
+        frozen = site.borrow().frozen
+        zero = {name: c for name, c in node.control.items() if name not in frozen}
+        return Told(node.model, node.control, Public(zero, zero), Public(zero, zero))
 
     def client_update(self, phase: Phase, site: Site, message: Tree, state: Any) -> tuple[Tree, Any]:
         """The gradient, and y_i before it is mixed."""
@@ -134,7 +136,7 @@ class DProxSGT(Tracking):
         if isinstance(state, Told):
             assert state.says is not None
             assert state.end is not None
-            return Increment(state.says, {} if phase.name == "track" else state.end.buffers)
+            return Increment(state.says, {} if phase.name == "track" else self.shared(state))
         return super().send(phase, state)
 
     def mix(self, phase: Phase, site: Site, state: Any, inbox: Inbox) -> Any:
@@ -171,12 +173,13 @@ class DProxSGT(Tracking):
         if how is None:
             return state
         public: Public = getattr(state, field)
-        v = {name: v[name] if name in v else public.own[name] for name in public.own}
+        v = {name: v[name] for name in public.own}
         coded, basis = how.encode(tr.sub(v, public.own), _stream(site, field, site.id), public.basis)
         return state._replace(**{"says": Squeezed(coded, shapes_of(v)), field: public._replace(basis=basis)})
 
     def _mixed(self, site: Site, inbox: Inbox, field: str, v: Params, public: Public) -> tuple[Params, Public]:
-        """v + gamma (sum_j W_ij v^_j - v^_i), and both sums after everybody's increment."""
+        """v + gamma (sum_j W_ij v^_j - v^_i), and both sums after everybody's increment. What has no public copy,
+        as parameters that the model froze, stays."""
         how = self.compressor()
         assert how is not None
         read = {
@@ -186,7 +189,7 @@ class DProxSGT(Tracking):
         change = weighted_sum(list(read.values()), list(inbox.weights.values()))
         public = public._replace(own=tr.add(public.own, read[site.id]), mean=tr.add(public.mean, change))
         apart = tr.sub(public.mean, public.own)
-        return {name: p + self.gamma * apart[name] for name, p in v.items()}, public
+        return {name: p + self.gamma * apart[name] if name in apart else p for name, p in v.items()}, public
 
 
 def _stream(site: Site, field: str, node: int) -> np.random.Generator:

@@ -47,8 +47,9 @@ class FinalMerge(DPSGD):
     Merging is an all-reduce: each node sends one model and gets one. It comes after the last round, or after round
     ``merge_after`` (of that round's nodes), and training then goes on from x; the global model stays x. Budgets over
     time are topologies: ``pull:0.2`` (the source's sparse gossip), ``none``, ``pull:0.2*45,complete*5`` (a window at
-    the end). Nodes should begin with one model (start "common"): the mean of unrelated networks is worth nothing. How
-    good merging would be after each round is told in history, under ``merged``, with the mean of the statistics.
+    the end). Where no model has come to merge (all lost, or not finite) nodes keep theirs. Nodes should begin with one
+    model (start "common"): the mean of unrelated networks is worth nothing. How good merging would be after each round
+    is told in history, under ``merged``, with the mean of the statistics.
 
     With a topology of "none" and one round, x is FedAvg's with uniform weights, bit for bit; with merge_after = r, node
     models are those of D-PSGD with complete mixing in round r only, bit for bit.
@@ -75,11 +76,8 @@ class FinalMerge(DPSGD):
         return Merged(None)
 
     def broadcast(self, phase: Phase, server: Merged, client: ClientInfo) -> Tree:
-        """The merged model, once there is one to take."""
-        if phase.name != "take":
-            return None
-        assert server.model is not None
-        return Broadcast(server.model)
+        """The merged model, if there is one to take: it may be that no node's has come, or that none was finite."""
+        return None if phase.name != "take" or server.model is None else Broadcast(server.model)
 
     def sends(self, phase: Phase) -> type | UnionType:
         """A model to merge; statistics, if there are any."""
@@ -91,6 +89,8 @@ class FinalMerge(DPSGD):
             return ModelUpdate(self.node_model(state)), state
         if phase.name != "take":
             return super().client_update(phase, site, message, state)
+        if message is None:
+            return None, state
         shared = {name: b for name, b in message.model.buffers.items() if b.is_floating_point()}
         model = Weights(message.model.params, {**state.model.buffers, **shared})
         if not (self.calibrate and model.buffers and len(site.train)):

@@ -55,7 +55,8 @@ class Tracking(Serverless):
     Invariants: sum_i c_i = 0, so the mean of z_i is that of the local gradients. At a fixed point all y_i are 0 and all
     x_i are the minimiser of (1/n) sum_i F_i, for any step size below the limit, where D-PSGD stays off it by about the
     step size times how much minimisers differ. Buffers of BatchNorm are mixed as in D-PSGD. The weight of neighbours
-    that do not take part stays at home. ``weights`` and ``form`` have no meaning here. Order "atc" steps along y_i and
+    that do not take part stays at home, which keeps columns' sums only where W is symmetric: with another all have to
+    take part in every round. ``weights`` and ``form`` have no meaning here. Order "atc" steps along y_i and
     so is for plain SGD.
 
     With one local step (c_i = y_i - g_i) this is gradient tracking as it is usually written,
@@ -75,6 +76,7 @@ class Tracking(Serverless):
     source = "Pu and Nedic, Math. Program."
     year = 2021
     needs = Needs(topology=True)
+    keeps_mean = True
 
     order: Literal["atc", "semi"] = option(
         "atc", "mix what steps would lead to, or only gradients first and all at once"
@@ -114,7 +116,13 @@ class Tracking(Serverless):
         """z_i; or x_i - s_i y_i; or both."""
         if phase.name == "track":
             return state.direction
-        return state.end if self.order == "atc" else Both(state.end, state.direction)
+        end = Weights(state.end.params, self.shared(state))
+        return end if self.order == "atc" else Both(end, state.direction)
+
+    def shared(self, state: Any) -> Params:
+        """The buffers that neighbours get; none where they are local."""
+        own: Params = state.end.buffers
+        return own if self.buffers == "average" else {}
 
     def mix(self, phase: Phase, site: Site, state: Any, inbox: Inbox) -> Any:
         """What neighbours have found, weighted."""
@@ -147,7 +155,6 @@ class Tracking(Serverless):
 
 
 def settled(state: Any, params: Params, mixed: Params) -> Any:
-    """A node at the end of its round. mixed: its neighbours' buffers; counters stay its own."""
-    own = state.end.buffers
-    buffers = {name: b if b.is_floating_point() else own[name] for name, b in mixed.items()}
+    """A node at the end of its round. mixed: its neighbours' buffers, if they send them; counters stay its own."""
+    buffers = {**state.end.buffers, **{name: b for name, b in mixed.items() if b.is_floating_point()}}
     return state._replace(model=Weights(params, buffers), end=None, direction=None, length=0.0)

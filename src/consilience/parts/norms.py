@@ -8,6 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from consilience.core.model import Weights
 from consilience.core.site import Site
+from consilience.core.streams import torch_fork
 
 
 def statistics(site: Site, weights: Weights) -> Weights:
@@ -21,7 +22,7 @@ def statistics(site: Site, weights: Weights) -> Weights:
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # the plain mean of all batches
-        with torch.no_grad():
+        with torch_fork(site.streams.torch_seed("dropout", "statistics")), torch.no_grad():
             for start in range(0, len(rows), site.method.batch_size):
                 module(rows.x[start : start + site.method.batch_size])
         return instance.weights()
