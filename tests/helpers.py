@@ -424,3 +424,12 @@ class Gossip(Method):
 
     def personal_model(self, site: Site, message: Tree, state: Weights) -> Net:
         return Net(state, site.model)
+
+
+def spots(node: Any) -> list[tuple[Any, Any]]:
+    """Every place in a JSON value, as (container, key)."""
+    found = []
+    if isinstance(node, (dict, list)):
+        for key in list(node) if isinstance(node, dict) else range(len(node)):
+            found += [(node, key), *spots(node[key])]
+    return found

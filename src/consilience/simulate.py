@@ -185,18 +185,9 @@ def run(
         "schedule": schedule, "concurrency": concurrency, "over_selection": over_selection, "late": late,
     }  # fmt: skip
     found, rule = timing(worker, participation=participation, clock=clock, **when)  # type: ignore[arg-type]
-    whole = cohort_size(participation, federation.n_seen) == federation.n_seen
-    if method.asks_all and not (whole and isinstance(rule, (Rounds, Deadline))):
-        raise ConfigError(
-            f"{method.name} asks every client in every round: use participation=1.0 and schedule=rounds or deadline"
-        )
-    present = whole and availability == "always" and not drops
-    if method.everybody:
-        _check_everybody(method, present, rule, worker.place.topology)
-    if method.keeps_mean and worker.place.topology is not None:
-        _check_mean(method, present and isinstance(rule, Rounds), worker.place.topology)
-    path = None if out is None else Path(out)
     cohort = cohort_size(participation, federation.n_seen)
+    _check_presence(worker, rule, cohort == federation.n_seen, availability == "always" and not drops)
+    path = None if out is None else Path(out)
     release = partial(privacy.release, worker, rule, rounds=rounds, cohort=cohort, available=availability == "always")
     release()  # refused before anything is written
     # what a checkpoint may be resumed with: everything that decides the bits, beside the data's fingerprint
@@ -389,11 +380,26 @@ def _check_counts(rounds: int, participation: float, eval_every: int, eval_clien
         raise ConfigError("eval_every is at least 1 round, eval_clients_every at least 0 (0: only at the end)")
 
 
-def _check_everybody(method: Method, present: bool, rule: Schedule, topology: Graphs | None) -> None:
+def _check_presence(worker: Worker, rule: Schedule, asked: bool, reliable: bool) -> None:
+    """Raise ConfigError if clients that a method needs in its rounds can be missing. asked: whether each round asks
+    everybody; reliable: whether who is asked comes."""
+    method, topology = worker.method, worker.place.topology
+    if method.asks_all and not (asked and isinstance(rule, (Rounds, Deadline))):
+        raise ConfigError(
+            f"{method.name} asks every client in every round: use participation=1.0 and schedule=rounds or deadline"
+        )
+    present = asked and reliable and isinstance(rule, Rounds)
+    if method.everybody:
+        _check_everybody(method, present, topology)
+    if method.keeps_mean and topology is not None:
+        _check_mean(method, present, topology)
+
+
+def _check_everybody(method: Method, present: bool, topology: Graphs | None) -> None:
     """Raise ConfigError if anybody can miss a round of a method that has to have everybody in it, or a message."""
     if topology is not None and not topology.static:
         raise ConfigError(f"{method.name} with these options goes by one graph: use a topology that stays the same")
-    if not present or not isinstance(rule, Rounds):
+    if not present:
         raise ConfigError(
             f"{method.name} with these options takes every client in every round: use participation=1.0, "
             "availability=always, drops=0 and schedule=rounds"

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from helpers import spots
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load as safetensors_load
@@ -242,15 +243,6 @@ def test_flipped_and_missing_bytes_are_a_decode_error_or_still_a_tree() -> None:
             else:
                 del data[at : at + rng.randint(1, 4)]
         tried(data)
-
-
-def spots(node: Any) -> list[tuple[Any, Any]]:
-    """Every place in a JSON value, as (container, key)."""
-    found = []
-    if isinstance(node, (dict, list)):
-        for key in list(node) if isinstance(node, dict) else range(len(node)):
-            found += [(node, key), *spots(node[key])]
-    return found
 
 
 def test_headers_that_lie_are_a_decode_error_or_still_a_tree() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import spots
 from payloads import PAYLOADS, honest, place
 
 from consilience.core import checkpoint
@@ -32,15 +33,6 @@ LIES: list[Any] = [
     {"d": "ab"}, {"r": "os:system", "v": ["true"]}, {"r": [], "v": []}, {"__class__": "x"}, "\ud800",
 ]  # fmt: skip
 BYTES = b'0129-"[]{},:eE.tdrvlu\\\x00\xff'
-
-
-def spots(node: Any) -> list[tuple[Any, Any]]:
-    """Every place in a JSON value, as (container, key)."""
-    found = []
-    if isinstance(node, (dict, list)):
-        for key in list(node) if isinstance(node, dict) else range(len(node)):
-            found += [(node, key), *spots(node[key])]
-    return found
 
 
 def split(data: bytes) -> tuple[Any, Any, bytes]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from consilience.core.executor import Executor
 from consilience.core.federation import Federation, Task
 from consilience.core.messages import Job, Score
+from consilience.core.method import Method
 from consilience.core.model import Params, Weights
 from consilience.core.predict import Net
 from consilience.core.reduce import uniform_weights, weighted_sum
@@ -122,7 +123,7 @@ class Judge:
             triggered = [self.executor.begin(call) for call in calls]
         merged, consensus = self._merged()
         nodes: list[int] = []
-        if merged is not None and self.federation.task.kind != "operator":
+        if merged is not None:
             ranges = row_ranges(self.federation, self.evaluation.chunk)
             nodes = [self.executor.begin(Call("chunk", rows, Net(merged), rows[1] - rows[0])) for rows in ranges]
             record = {**record, "merged": {"consensus": consensus}}
@@ -178,7 +179,8 @@ class Judge:
 
     def _merged(self) -> tuple[Weights | None, float]:
         """The mean of the models of nodes without a server, and the sum of their squared distances from it."""
-        if self.place.topology is None:
+        unknown = type(self.place.method).node_model is Method.node_model  # then states need not be read
+        if self.place.topology is None or unknown or self.federation.task.kind == "operator":
             return None, 0.0
         states = [state for _, state in sorted(self.executor.states().items())]
         if any(isinstance(state, Elsewhere) for state in states):  # in a deployment nodes' models stay with them

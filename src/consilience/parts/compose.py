@@ -40,8 +40,7 @@ def composed(method: Method) -> Method:
         method = _differing(method, "only differences are given a momentum; use client_momentum=0")
         if not method.takes_momentum:
             raise ConfigError(f"{method.name} relies on what its clients have sent; use client_momentum=0")
-        sent = [method.sends(phase) for phase in method.program()]
-        if None not in sent and not any(Kind.DELTA in kinds(t).values() for t in sent if isinstance(t, type)):
+        if not _may_send(method, Kind.DELTA):
             raise ConfigError(f"{method.name} sends no differences that could have a momentum; use client_momentum=0")
         mixins.append(Momenta)
     if not isinstance(method, Calibrated) and calibration.parse(method.then) is not None:
@@ -78,15 +77,19 @@ def _compresses(method: Method) -> bool:
         return False
     if any(phase.over == "neighbours" for phase in method.program()):
         raise ConfigError(f"{method.name} has no server; compress and compress-down are for messages from and to one")
-    sent = [method.sends(phase) for phase in method.program()]
-    fields = {kind for made in sent if isinstance(made, type) for kind in kinds(made).values()}
-    if up is not None and None not in sent and not fields & {Kind.MODEL, Kind.DELTA, Kind.CONTROL}:
+    if up is not None and not _may_send(method, Kind.MODEL, Kind.DELTA, Kind.CONTROL):
         raise ConfigError(f"{method.name} sends neither differences nor controls; use compress=identity")
     if down is not None and down.rule != "plain":
         raise ConfigError("compress-down feeds its errors back in its own way; give a compressor alone, as topk:0.01")
     if down is not None and method.buffers == "local":
         raise ConfigError("compress-down sends the global model's buffers; use buffers=average")
     return True
+
+
+def _may_send(method: Method, *wanted: Kind) -> bool:
+    """Whether any phase sends a field of one of these kinds, as far as the method says what it sends."""
+    sent = [method.sends(phase) for phase in method.program()]
+    return None in sent or any(kind in wanted for t in sent if isinstance(t, type) for kind in kinds(t).values())
 
 
 def _differing(method: Method, why: str) -> Method:

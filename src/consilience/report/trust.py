@@ -26,8 +26,12 @@ PRIVATE = {
 
 def conditions(runs: Sequence[RunFolder]) -> list[str]:
     """Under what these runs were made, in a few words each: hostile clients, privacy, secret sums."""
-    secret = "secret sums" if any(run.config.get("secure") is not None for run in runs) else ""
+    secret = "secret sums" if _secret(runs) else ""
     return [words for words in (_hostile(runs), _private(runs), secret) if words]
+
+
+def _secret(runs: Sequence[RunFolder]) -> bool:
+    return any(run.config.get("secure") is not None for run in runs)
 
 
 def _hostile(runs: Sequence[RunFolder]) -> str:
@@ -80,7 +84,7 @@ def finding(facts: Facts) -> str:
         said.append(f"Of {plural(facts.clients, 'client')}, {words.replace(' of them', ' are', 1)}")
     if words := _private(facts.runs):
         said.append(f"what the models tell of any one client is bounded by {words}")
-    if any(run.config.get("secure") is not None for run in facts.runs):
+    if _secret(facts.runs):
         said.append("the server saw sums of updates alone")
     if not said:
         said.append("Some updates were not what they should be, and were left out")
