@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from command import consilience, here
 from safetensors.torch import load_file
 
 from consilience import cli, experiment, plan, simulate
@@ -24,13 +24,6 @@ from consilience.config import Config
 from consilience.core.messages import ClientInfo
 
 SMALL = ["--model", "mlp:16", "--rounds", "3", "--workers", "2"]
-
-
-def consilience(*arguments: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-m", "consilience.cli", *arguments]
-    return subprocess.run(
-        command, cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=300, check=False
-    )
 
 
 @pytest.fixture(scope="module")
@@ -104,23 +97,23 @@ def test_a_method_combined_otherwise_is_a_run_like_any(place: Path) -> None:
     options = ["--weights", "fedce", "--aggregator", "trimmed:0.1", "--partition", "dirichlet:0.3"]
     done = consilience("run", "fedprox", *SMALL, *options, "--out", "ruled", cwd=place)
     assert done.returncode == 0, done.stderr
-    assert consilience("digest", "ruled", cwd=place).stdout == (place / "ruled" / "digest.txt").read_text()
+    assert here("digest", "ruled", cwd=place).stdout == (place / "ruled" / "digest.txt").read_text()
     for command in (["resume", "ruled"], ["predict", "ruled", "digits"], ["export", "ruled"], ["report", "ruled"]):
-        done = consilience(*command, cwd=place)
+        done = here(*command, cwd=place)
         assert done.returncode == 0, (command, done.stderr)
-    refused = consilience("run", "fedlex", "--weights", "ida", "--out", "no", cwd=place)
+    refused = here("run", "fedlex", "--weights", "ida", "--out", "no", cwd=place)
     assert refused.returncode == 2
     assert "weighs clients in its own way" in refused.stderr
     assert not (place / "no").exists()
 
 
 def test_digest_is_the_same_on_any_executor(place: Path) -> None:
-    expected = consilience("digest", "one", cwd=place).stdout
+    expected = here("digest", "one", cwd=place).stdout
     assert [line.split()[0] for line in expected.splitlines()] == ["server", "clients", "history"]
     assert expected == (place / "one" / "digest.txt").read_text()
     config = place / "again.yaml"
     config.write_text("model: mlp:16\nrounds: 3\npartition: dirichlet:0.3\nexecutor: serial\n")
-    done = consilience("run", "scaffold", "--config", str(config), "--out", "again", "--json", cwd=place)
+    done = here("run", "scaffold", "--config", str(config), "--out", "again", "--json", cwd=place)
     assert done.returncode == 0, done.stderr
     assert "\n".join(json.loads(done.stdout)["digest"]) + "\n" == expected
 
@@ -128,19 +121,19 @@ def test_digest_is_the_same_on_any_executor(place: Path) -> None:
 def test_partition_file_makes_the_same_federation(place: Path) -> None:
     done = consilience("run", "scaffold", *SMALL, "--partition", "one/partition.json", "--out", "filed", cwd=place)
     assert done.returncode == 0, done.stderr
-    assert consilience("digest", "filed", cwd=place).stdout == consilience("digest", "one", cwd=place).stdout
+    assert here("digest", "filed", cwd=place).stdout == here("digest", "one", cwd=place).stdout
 
 
 def test_resume_after_a_kill(place: Path) -> None:
     more = ["--checkpoint-every", "1", "--partition", "dirichlet:0.3", "--out", "killed"]
     killed = consilience("run", "scaffold", *SMALL, *more, cwd=place, env={"CONSILIENCE_FAILPOINT": "aggregate:3"})
     assert killed.returncode == -9
-    unfinished = consilience("digest", "killed", cwd=place)
+    unfinished = here("digest", "killed", cwd=place)
     assert unfinished.returncode == 2
     assert "2 of 3 rounds" in unfinished.stderr
     resumed = consilience("resume", "killed", cwd=place)
     assert resumed.returncode == 0, resumed.stderr
-    assert consilience("digest", "killed", cwd=place).stdout == consilience("digest", "one", cwd=place).stdout
+    assert here("digest", "killed", cwd=place).stdout == here("digest", "one", cwd=place).stdout
 
 
 def test_resume_a_comparison(place: Path) -> None:
@@ -171,7 +164,7 @@ def test_side_by_side_after_threads_have_run_in_the_parent(tmp_path: Path) -> No
 
 
 def test_methods_and_cards(tmp_path: Path) -> None:
-    listed = json.loads(consilience("methods", "--json", cwd=tmp_path).stdout)
+    listed = json.loads(here("methods", "--json", cwd=tmp_path).stdout)
     keys = {"name", "family", "summary", "source", "year", "needs", "schedule", "options", "confidence"}
     assert all(keys <= card.keys() for card in listed)
     assert "scaffold" in {card["name"] for card in listed}
@@ -182,13 +175,13 @@ def test_methods_and_cards(tmp_path: Path) -> None:
         assert any(line.startswith(("Source:", "Sources:")) for line in lines) or card["family"] == "baseline", card[
             "name"
         ]
-    shown = consilience("methods", "scaffold", cwd=tmp_path).stdout
+    shown = here("methods", "scaffold", cwd=tmp_path).stdout
     assert "c_i+ = c_i - c + (x - y_i) / (K_i eta)" in shown
     assert "Karimireddy" in shown
 
 
 def test_plan_knows_the_bytes(place: Path) -> None:
-    planned = consilience("plan", "scaffold", *SMALL, "--partition", "dirichlet:0.3", "--json", cwd=place)
+    planned = here("plan", "scaffold", *SMALL, "--partition", "dirichlet:0.3", "--json", cwd=place)
     (row,) = json.loads(planned.stdout)
     last = json.loads((place / "one" / "history.jsonl").read_text().splitlines()[-1])
     assert (row["bytes_up"], row["bytes_down"]) == (last["bytes_up"], last["bytes_down"])
@@ -257,21 +250,21 @@ def test_plan_counts_the_jobs_of_an_update(
 
 
 def test_predict_and_export(place: Path) -> None:
-    predicted = consilience("predict", "one", "digits", cwd=place)
+    predicted = here("predict", "one", "digits", cwd=place)
     assert predicted.returncode == 0, predicted.stderr
     rows = list(csv.reader(io.StringIO(predicted.stdout)))
     assert rows[0] == ["predicted", *(f"p_{c}" for c in range(10))]
     last = json.loads((place / "one" / "history.jsonl").read_text().splitlines()[-1])
     assert f"accuracy {last['global']['accuracy']:.4f} on {len(rows) - 1} rows" in predicted.stderr
-    exported = consilience("export", "one", "--out", "model", cwd=place)
+    exported = here("export", "one", "--out", "model", cwd=place)
     assert exported.returncode == 0, exported.stderr
     tensors = load_file(place / "model" / "model.safetensors")
     assert tensors["head.weight"].shape == (10, 16)
     own = consilience("run", "fedavg", *SMALL, "--init", "model/model.safetensors", "--out", "warm", cwd=place)
     assert own.returncode == 0, own.stderr
-    mine = consilience("export", "many/local-seed0", "--client", "3", "--out", "mine", cwd=place)
+    mine = here("export", "many/local-seed0", "--client", "3", "--out", "mine", cwd=place)
     assert mine.returncode == 0, mine.stderr
-    none = consilience("export", "many/local-seed0", "--out", "none", cwd=place)
+    none = here("export", "many/local-seed0", "--out", "none", cwd=place)
     assert none.returncode == 2
     assert "has no global model" in none.stderr
 
@@ -295,22 +288,22 @@ def test_a_run_on_a_file_works_from_anywhere(tmp_path: Path) -> None:
     away.mkdir()
     (home / "cases.csv").write_text(TABLE)
     small = ["--data", "cases.csv", "--clients", "3", "--model", "logistic", "--rounds", "2", "--executor", "serial"]
-    first = consilience("run", "fedavg", *small, "--out", "first", cwd=home)
+    first = here("run", "fedavg", *small, "--out", "first", cwd=home)
     assert first.returncode == 0, first.stderr
-    assert consilience("export", "first", "--out", ".", cwd=home).returncode == 0
+    assert here("export", "first", "--out", ".", cwd=home).returncode == 0
     again = [*small, "--init", "model.safetensors", "--partition", "first/partition.json", "--out", "again"]
     killed = consilience("run", "fedavg", *again, cwd=home, env={"CONSILIENCE_FAILPOINT": "aggregate:2"})
     assert killed.returncode == -9
-    resumed = consilience("resume", "../home/again", cwd=away)
+    resumed = here("resume", "../home/again", cwd=away)
     assert resumed.returncode == 0, resumed.stderr
-    predicted = consilience("predict", "../home/again", "../home/cases.csv", cwd=away)
+    predicted = here("predict", "../home/again", "../home/cases.csv", cwd=away)
     assert predicted.returncode == 0, predicted.stderr
     rows = list(csv.DictReader(io.StringIO(predicted.stdout)))
     right = sum(row["predicted"] == ("yes" if i % 3 else "no") for i, row in enumerate(rows)) / 120
     assert predicted.stderr == f"accuracy {right:.4f} on 120 rows\n"
     unlabelled = TABLE.replace("verdict", "label").replace(",yes", ",").replace(",no", ",maybe", 1)
     (away / "new.csv").write_text(unlabelled)  # of 40 rows with a label, 1 is of no class
-    predicted = consilience("predict", "../home/again", "new.csv", cwd=away)
+    predicted = here("predict", "../home/again", "new.csv", cwd=away)
     rows = list(csv.DictReader(io.StringIO(predicted.stdout)))
     right = sum(row["predicted"] == "no" for row in rows[3::3]) / 40
     assert predicted.stderr == f"accuracy {right:.4f} on 40 rows\n"
@@ -324,9 +317,9 @@ def test_predict_reads_arrays_as_a_run_does(tmp_path: Path) -> None:
     np.savez(tmp_path / "train.npz", x=x[:150], y=3 * y[:150] + 2, x_test=x[150:], y_test=3 * y[150:] + 2)
     np.savez(tmp_path / "new.npz", x=x[150:], y=3 * y[150:] + 2)
     small = ["--data", "train.npz", "--clients", "3", "--model", "logistic", "--rounds", "3", "--executor", "serial"]
-    assert consilience("run", "fedavg", *small, "--out", "run", cwd=tmp_path).returncode == 0
+    assert here("run", "fedavg", *small, "--out", "run", cwd=tmp_path).returncode == 0
     last = json.loads((tmp_path / "run" / "history.jsonl").read_text().splitlines()[-1])
-    predicted = consilience("predict", "run", "new.npz", cwd=tmp_path)
+    predicted = here("predict", "run", "new.npz", cwd=tmp_path)
     assert predicted.stderr == f"accuracy {last['global']['accuracy']:.4f} on 50 rows\n"
     assert {row["predicted"] for row in csv.DictReader(io.StringIO(predicted.stdout))} <= {"2", "5"}
 
@@ -344,7 +337,7 @@ def test_ones_own_model_is_found_beside_one(tmp_path: Path) -> None:
 
 def test_a_comparison_is_no_run_but_has_some(place: Path) -> None:
     for command in (["digest", "many"], ["predict", "many", "digits"], ["export", "many"]):
-        done = consilience(*command, cwd=place)
+        done = here(*command, cwd=place)
         assert done.returncode == 2
         assert done.stderr.startswith("consilience: many is a comparison; name one of its runs: centralised-seed0, ")
         assert done.stderr.count("\n") == 1
@@ -416,7 +409,7 @@ def test_refusal_of_a_child_process(tmp_path: Path) -> None:
 
 def test_unknown_key_in_a_file_names_the_right_one(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("rouns: 3\n")
-    done = consilience("run", "fedavg", "--config", "run.yaml", cwd=tmp_path)
+    done = here("run", "fedavg", "--config", "run.yaml", cwd=tmp_path)
     assert done.returncode == 2
     assert "run.yaml: unknown option 'rouns'; did you mean 'rounds'?" in done.stderr
 
@@ -425,7 +418,7 @@ def test_bad_data_is_refused(tmp_path: Path) -> None:
     x = np.zeros((100, 3), np.float32)
     x[7, 1] = np.nan
     np.savez(tmp_path / "bad.npz", x=x, y=np.arange(100) % 2)
-    done = consilience("run", "fedavg", "--data", "bad.npz", "--out", "out", cwd=tmp_path)
+    done = here("run", "fedavg", "--data", "bad.npz", "--out", "out", cwd=tmp_path)
     assert done.returncode == 2
     assert "7" in done.stderr
     assert not (tmp_path / "out").exists()
@@ -433,7 +426,7 @@ def test_bad_data_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_with_a_run_is_not_overwritten(place: Path) -> None:
     before = (place / "one" / "history.jsonl").read_bytes()
-    done = consilience("run", "fedavg", *SMALL, "--out", "one", cwd=place)
+    done = here("run", "fedavg", *SMALL, "--out", "one", cwd=place)
     assert done.returncode == 2
     assert "already holds a run" in done.stderr
     assert (place / "one" / "history.jsonl").read_bytes() == before
@@ -441,11 +434,11 @@ def test_a_folder_with_a_run_is_not_overwritten(place: Path) -> None:
 
 def test_other_things_in_the_way_of_out(place: Path, tmp_path: Path) -> None:
     before = (place / "many" / "report.html").read_bytes()
-    done = consilience("run", "fedavg", *SMALL, "--out", "many", cwd=place)
+    done = here("run", "fedavg", *SMALL, "--out", "many", cwd=place)
     assert done.returncode == 2
     assert (place / "many" / "report.html").read_bytes() == before
     (tmp_path / "file").touch()
-    done = consilience("run", "fedavg", *SMALL, "--out", "file", cwd=tmp_path)
+    done = here("run", "fedavg", *SMALL, "--out", "file", cwd=tmp_path)
     assert done.returncode == 2
     assert "is a file" in done.stderr
 
@@ -498,7 +491,7 @@ def test_damaged_checkpoints(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "one", tmp_path / "one")
     for path in (tmp_path / "one" / "checkpoint").glob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:-10])
-    done = consilience("digest", "one", cwd=tmp_path)
+    done = here("digest", "one", cwd=tmp_path)
     assert done.returncode == 2
     assert "no whole checkpoint" in done.stderr
 

@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from command import consilience, here
 
 from consilience import suite
 from consilience.config import settle
 
 SMALL = ["--model", "mlp:16", "--clients", "4", "--rounds", "3", "--workers", "2", "--seeds", "2"]
-
-
-def consilience(*arguments: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-m", "consilience.cli", *arguments]
-    return subprocess.run(
-        command, cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=300, check=False
-    )
 
 
 @pytest.fixture
@@ -64,7 +55,7 @@ def test_reference_target_and_groups(census: Path) -> None:
     page = (where / "c" / "report.html").read_text()
     for title in ("How sure", "Cost to reach 50.0", "Fairness between groups"):
         assert title in page
-    again = consilience("report", "c", cwd=where)
+    again = here("report", "c", cwd=where)
     assert again.returncode == 0
     assert json.loads((where / "c" / "leaderboard.json").read_text()) == list(rows.values())
 
@@ -128,7 +119,7 @@ def test_several_federations(tmp_path: Path) -> None:
     resumed = consilience("resume", "s", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert (tmp_path / "s" / parts[1] / "fedavg-seed0" / "digest.txt").read_text() == before
-    assert consilience("report", "s", cwd=tmp_path).returncode == 0
+    assert here("report", "s", cwd=tmp_path).returncode == 0
 
 
 def test_files_of_federations_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +157,7 @@ def test_files_of_federations_are_found_from_anywhere(tmp_path: Path, monkeypatc
     ],
 )
 def test_refusals_leave_nothing(arguments: list[str], says: str, tmp_path: Path) -> None:
-    done = consilience("compare", "fedavg", "local", *arguments, "--out", "no", cwd=tmp_path)
+    done = here("compare", "fedavg", "local", *arguments, "--out", "no", cwd=tmp_path)
     assert done.returncode == 2
     assert says in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from command import here
 
-
-def consilience(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-m", "consilience.cli", *arguments]
-    environment = {**os.environ, "COLUMNS": "100"}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
+WIDE = {"COLUMNS": "100"}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a profile of clients in two groups, and what was printed."""
     where = tmp_path_factory.mktemp("profile")
-    done = consilience("profile", "--partition", "permute:2", "--clients", "6", "--out", "one", cwd=where)
+    done = here("profile", "--partition", "permute:2", "--clients", "6", "--out", "one", cwd=where, env=WIDE)
     assert done.returncode == 0, done.stderr
     (where / "printed").write_text(done.stdout)
     return where
@@ -31,7 +25,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_fleet_is_part_of_it(tmp_path: Path) -> None:
     fleet = ["--fleet", "phones", "--availability", "bernoulli:0.25", "--clients", "4", "--out", "one"]
-    done = consilience("profile", *fleet, "--json", cwd=tmp_path)
+    done = here("profile", *fleet, "--json", cwd=tmp_path, env=WIDE)
     assert done.returncode == 0, done.stderr
     rows = {row["name"]: row for row in json.loads(done.stdout)["fleet"]}
     assert rows["online"]["least"] == rows["online"]["most"] == 0.25
@@ -51,7 +45,7 @@ def test_what_is_printed(place: Path) -> None:
 
 
 def test_json_has_the_keys_that_scripts_rely_on(place: Path) -> None:
-    done = consilience("profile", "--json", "--clients", "3", "--out", "two", cwd=place)
+    done = here("profile", "--json", "--clients", "3", "--out", "two", cwd=place, env=WIDE)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert {"bits", "clients", "fleet", "suggestions"} <= found.keys()
@@ -63,17 +57,17 @@ def test_json_has_the_keys_that_scripts_rely_on(place: Path) -> None:
 
 
 def test_the_partition_is_written_and_gives_the_same_profile(place: Path) -> None:
-    done = consilience("profile", "--json", "--partition", "one/partition.json", "--out", "three", cwd=place)
+    done = here("profile", "--json", "--partition", "one/partition.json", "--out", "three", cwd=place, env=WIDE)
     first = json.loads((place / "one" / "profile.json").read_text())
     assert json.loads(done.stdout)["bits"] == first["bits"]
 
 
 def test_refused_profiles_leave_nothing(place: Path) -> None:
-    done = consilience("profile", "--partition", "permute:99", "--out", "bad", cwd=place)
+    done = here("profile", "--partition", "permute:99", "--out", "bad", cwd=place, env=WIDE)
     assert done.returncode == 2
     assert done.stderr.startswith("consilience: partition 'permute:99'")
     assert not (place / "bad").exists()
-    done = consilience("profile", "--out", "one", cwd=place)
+    done = here("profile", "--out", "one", cwd=place, env=WIDE)
     assert done.returncode == 2
     assert done.stderr == "consilience: one is not empty; give another --out\n"
 
@@ -114,6 +108,6 @@ def test_the_page_stands_alone(place: Path) -> None:
 def test_the_page_is_written_anew(place: Path) -> None:
     page = (place / "one" / "report.html").read_bytes()
     (place / "one" / "report.html").unlink()
-    done = consilience("report", "one", cwd=place)
+    done = here("report", "one", cwd=place, env=WIDE)
     assert done.returncode == 0, done.stderr
     assert (place / "one" / "report.html").read_bytes() == page
