@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command import here
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -395,14 +394,11 @@ def test_controls_sum_to_nothing(seed: int, weights: Any, variant: Any) -> None:
 
 
 def test_games_from_the_command_line(tmp_path: Path) -> None:
-    def call(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "consilience.cli", *words]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
-
-    done = call("run", "masha1", "--data", "bilinear", "--model", "players", "--rounds", "2", "--out", "game")
+    game = ["run", "masha1", "--data", "bilinear", "--rounds", "2", "--executor", "serial"]
+    done = here(*game, "--model", "players", "--out", "game", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "game/history.jsonl").read_text().splitlines()[-1])["global"]["loss"] > 0
-    refused = call("run", "masha1", "--data", "bilinear", "--rounds", "2", "--out", "none")
+    refused = here(*game, "--out", "none", cwd=tmp_path)
     assert refused.returncode == 2
     assert refused.stderr == "consilience: data 'bilinear' is a game of two players; use --model players\n"
     assert not (tmp_path / "none").exists()
