@@ -229,6 +229,8 @@ class Home:
 
     def _secret(self, head: Mapping[str, Any], blobs: Sequence[bytes], run: Path) -> Said:
         """This site's part in a step of a secret sum."""
+        from consilience import methods
+
         told = _json(run / "told.json")
         config, step = told["config"], head["step"]
         if config["secure"] is None:
@@ -244,7 +246,12 @@ class Home:
         masking = Masking(
             run / "secret.json", told["sites"].index(self.about.name), config["secure"], self.policy.minimum_cohort
         )
-        said = masking.answer(step, head["round"], args, lambda key: Store(run / "updates").get(Elsewhere(key, "")))
+
+        def kept(key: str) -> Tree:
+            methods.make(told["method"], told["options"])  # what an update is made of is known from here on
+            return Store(run / "updates").get(Elsewhere(key, ""))
+
+        said = masking.answer(step, head["round"], args, kept)
         return Said({}, [encode(said)], {f"secret sum, {step}": tr.nbytes(said)})
 
     def _ledger(self) -> list[dict[str, Any]]:
