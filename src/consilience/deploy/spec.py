@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from consilience.config import Settings, read_yaml, settle
 from consilience.core.checkpoint import write_atomically
 from consilience.core.errors import ConfigError, NeedsError
+from consilience.core.events import cohort_size
 from consilience.experiment import RunSpec, specs
 from consilience.privacy.options import KEYS, Privacy
 
@@ -133,6 +134,7 @@ def make(run: RunSpec, section: Mapping[str, Any], where: str = "run.yaml") -> D
     privacy = Privacy.of(config.model_dump())
     privacy.check(run.options)
     made = privacy.method(methods.make(run.method, run.options))
+    privacy.fits(made, cohort_size(config.participation, len(found.sites)))
     schedule = config.schedule or made.default_schedule()
     if "%" in schedule:
         raise ConfigError(f"{where}: schedule {schedule}: a share of a simulated device's time; give seconds")

@@ -111,17 +111,10 @@ class Privacy:
         whether all clients can always be reached. folder: where the ledger is kept. parties: of secret sums; by default
         they are simulated. secret: what keys noise and draws; by default the run's seed does."""
         method, place = worker.method, worker.place
-        masked = None if self.secure is None else self._secret(worker, schedule, cohort, parties)
+        self.fits(method, cohort, len(place.architectures))
+        masked = None if self.secure is None else self._secret(worker, schedule, parties)
         if not self.asked:
             return masked
-        why = suits.why_not(method, place)
-        if why is not None:
-            raise NeedsError(f"{method.name} {why}: it cannot run with differential privacy\n{fitting(True)}")
-        odd = suits.no_difference(method)
-        if odd is not None:
-            raise NeedsError(
-                f"{method.name} sends '{odd}', which is no difference: differential privacy cannot bound it"
-            )
         buffer = suits.buffers_of(method, place)
         if buffer is not None:
             raise NeedsError(
@@ -149,19 +142,29 @@ class Privacy:
             secret or f"seed {place.seed}", self.epsilon, masked,
         )  # fmt: skip
 
-    def _secret(self, worker: Worker, schedule: Schedule, cohort: int, parties: Parties | None) -> Secret:
+    def fits(self, method: Method, cohort: int, models: int = 1) -> None:
+        """Refuse a method that cannot run with this, as far as that does not depend on its models and data. cohort:
+        clients of a round. models: architectures in the run. Raises ConfigError or NeedsError."""
+        for asked, what in ((self.secure is not None, "secure aggregation"), (self.asked, "differential privacy")):
+            why = suits.why_not(method, models) if asked else None
+            if why is not None:
+                raise NeedsError(f"{method.name} {why}: it cannot run with {what}\n{fitting(self.asked)}")
+        odd = suits.no_difference(method) if self.asked else None
+        if odd is not None:
+            raise NeedsError(
+                f"{method.name} sends '{odd}', which is no difference: differential privacy cannot bound it"
+            )
+        if self.secure is not None and cohort < 2:
+            raise ConfigError(
+                "secure aggregation: the sum of one client's update hides nothing; ask two or more a round"
+            )
+
+    def _secret(self, worker: Worker, schedule: Schedule, parties: Parties | None) -> Secret:
         """Secret sums."""
         method, place = worker.method, worker.place
-        why = suits.why_not(method, place)
-        if why is not None:
-            raise NeedsError(f"{method.name} {why}: it cannot run with secure aggregation\n{fitting(False)}")
         if not isinstance(schedule, Rounds):
             raise ConfigError(
                 "secure aggregation waits for a cohort that knows of each other: it needs --schedule rounds"
-            )
-        if cohort < 2:
-            raise ConfigError(
-                "secure aggregation: the sum of one client's update hides nothing; ask two or more a round"
             )
         template = suits.template(method, place)
         if any(not leaf.is_floating_point() for leaf in tr.tensors(template)):
