@@ -216,13 +216,14 @@ def costs(found: Mapping[str, Any], setting: str) -> list[str]:
 
 def tables(found: Mapping[str, Any]) -> str:
     """What held, then accuracy and bytes of everything, then losses by rule."""
-    lines = [cells("claim", "numbers (means)", "seeds", "held"), cells(*["---"] * 4)]
+    lines = [cells("claim", "numbers (means)", "first less last, each seed", "held"), cells(*["---"] * 4)]
     for claim in CLAIMS:
         each = [numbers(found, claim.setting, text, claim.number) for text in claim.texts]
         if all(each):
             means = [statistics.fmean(values) for values in each]
             shown = ", ".join(f"{short(t)} {m:.4g}" for t, m in zip(claim.texts, means, strict=True))
-            lines.append(cells(claim.says, shown, min(map(len, each)), "yes" if claim.holds(means) else "**no**"))
+            apart = ", ".join(f"{a - b:+.2g}" for a, b in zip(each[0], each[-1], strict=False))
+            lines.append(cells(claim.says, shown, apart, "yes" if claim.holds(means) else "**no**"))
     for setting in ("all", "lora"):
         lines += costs(found, setting)
     lines += losses(found)
