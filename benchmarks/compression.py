@@ -142,7 +142,7 @@ CLAIMS = (
     *(
         Claim(
             f"EControl ends with less loss than EF, Top {100 * float(share):g} % (Gao et al., 2024)", "feedback",
-            (_rule("econtrol@0.1:", share), _rule("econtrol@0.01:", share), _rule("ef:", share)), end_loss,
+            (_rule("econtrol@0.01:", share), _rule("econtrol@0.1:", share), _rule("ef:", share)), end_loss,
             lambda n: min(n[:2]) < n[2],
         )
         for share in ("0.05", "0.01")
