@@ -16,6 +16,7 @@ from consilience import experiment
 from consilience.core import checkpoint
 from consilience.core.encode import encode
 from consilience.core.errors import CheckpointError, ConfigError, DataError
+from consilience.core.evaluate import mean_model, newcomer
 from consilience.core.federation import Federation
 from consilience.core.model import Architecture, Weights
 from consilience.core.predict import Net, Predictor
@@ -49,9 +50,14 @@ class Finished:
             return found
         if not 0 <= client < self.federation.n_clients:
             raise ConfigError(f"--client {client}: clients are 0 to {self.federation.n_clients - 1}")
-        found = self.worker.deployed(server, client, self.snapshot.states.get(client))
+        unseen, states = client in self.federation.unseen, self.snapshot.states
+        if unseen and self.worker.place.topology is not None:
+            found = newcomer(method.global_model(server), mean_model(method, states)[0])
+        else:
+            found = self.worker.deployed(server, client, states.get(client))
         if found is None:
-            raise ConfigError(f"{method.name} has no model for client {client}")
+            who = f"client {client}, which takes no part" if unseen else f"client {client}"
+            raise ConfigError(f"{method.name} has no model for {who}")
         return found
 
     def scores(self, predictor: Predictor, x: Tensor) -> Tensor:

@@ -7,14 +7,16 @@ import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from consilience import experiment
 from consilience.config import Config, Settings
 from consilience.core import tree as tr
 from consilience.core.encode import encoded_size
 from consilience.core.events import cohort_size
-from consilience.core.messages import ClientInfo, Job
+from consilience.core.messages import ClientInfo, Job, Reply, Work
+from consilience.core.method import At, Coin, Phase
+from consilience.core.tree import Tree
 from consilience.core.units import parse_bytes
 from consilience.core.worker import Call, Worker, row_ranges
 from consilience.execute.processes import cores
@@ -37,7 +39,8 @@ BESIDE = 1.5
 def plan(settings: Settings, names: Sequence[str]) -> list[dict[str, Any]]:
     """A row per method: seconds, bytes up and down and peak memory of one run, with how sure they can be.
 
-    Bytes are exact for methods whose messages do not change in size, under rounds and tiers of equal devices. An
+    Bytes are exact for methods whose messages do not change in size, under rounds and tiers of equal devices. What
+    nodes send to each other and what the server computes is not counted; phases by chance count as is expected. An
     asynchronous run also moves what is under way, or has come and is not combined, when it ends: less than one message
     for each job in flight, not counted here. Updates of interval and compass, and rounds with a deadline, are reckoned
     as everybody that may be asked. Seconds scale one measured client of median
@@ -58,23 +61,19 @@ def _row(spec: experiment.RunSpec, worker: Worker) -> dict[str, Any]:
     config, federation = spec.config, worker.federation
     workers = config.workers or (1 if config.executor == "serial" else cores())
     jobs = _jobs(config, worker)
-    server = worker.method.init_server(worker.host(0, "init"))
     sizes = sorted((federation.size(int(c)), int(c)) for c in federation.seen[:10_000])
     client = sizes[len(sizes) // 2][1]
-    phase = next(i for i, p in enumerate(worker.program) if p.over == "cohort" and p.when == "round")
     place = worker.place
     info = ClientInfo(client, federation.size(client), place.model_of(client), place.architectures)
-    message = worker.method.broadcast(worker.program[phase], server, info)
-    call = Call("train", (Job(0, client, 1, 0, 0, phase), None), message)
-    work, state = worker.run(call)  # once to warm up
+    server = worker.method.init_server(worker.host(0, "init"))
+    parts, state = _parts(worker, server, config.rounds, jobs, info)
     scale = statistics.fmean(size for size, _ in sizes) / max(1, federation.size(client))
-    spans = [(config.rounds * jobs * scale, _timed(worker, call)), *_judging(worker, server, config, info)]
+    spans = [(part.times * scale, part.seconds) for part in parts]
+    spans += _judging(worker, server, config, info)
     low, high = (sum(times * span[end] for times, span in spans) / workers for end in (0, 1))
     high *= (BESIDE if workers > 1 else 1.0) * _load(workers)
-    down = 0 if message is None else encoded_size(message)
-    up = 0 if work.update is None else encoded_size(work.update)
-    states = min(federation.n_seen, config.rounds * jobs) * tr.nbytes(state)
-    held = tr.nbytes(server) * (2 + workers) + jobs * up + min(states, parse_bytes(config.client_state_memory))
+    kept = min(min(federation.n_seen, config.rounds * jobs) * tr.nbytes(state), parse_bytes(config.client_state_memory))
+    held = tr.nbytes(server) * (2 + workers) + jobs * max(part.up for part in parts) + kept
     return {
         "method": spec.label,
         "rounds": config.rounds,
@@ -82,10 +81,61 @@ def _row(spec: experiment.RunSpec, worker: Worker) -> dict[str, Any]:
         "workers": workers,
         "seconds": round(low, 1),
         "seconds_high": round(high, 1),
-        "bytes_down": config.rounds * jobs * down,
-        "bytes_up": config.rounds * jobs * up,
+        "bytes_down": round(sum(part.times * part.down for part in parts)),
+        "bytes_up": round(sum(part.times * part.up for part in parts)),
         "memory": held + _data_bytes(worker),
     }
+
+
+class _Part(NamedTuple):
+    """A phase between clients and server: how often a client goes through it, and what that costs once."""
+
+    times: float
+    seconds: tuple[float, float]
+    down: int
+    up: int
+
+
+def _parts(worker: Worker, server: Tree, rounds: int, jobs: int, info: ClientInfo) -> tuple[list[_Part], Tree]:
+    """Every such phase of a run with ``jobs`` clients a round, and the state that a client is left with. One client
+    goes through them once; where others follow, the server hears from everybody what this one has sent."""
+    method, program = worker.method, worker.program
+    seen = [int(client) for client in worker.federation.seen]
+    phases = [i for i, phase in enumerate(program) if phase.over != "neighbours"]
+    phases.sort(key=lambda i: {"start": 0, "end": 2}.get(str(program[i].when), 1))
+    parts: list[_Part] = []
+    state: Tree = None
+    going = 1.0
+    for i in phases:
+        phase, job = program[i], Job(0, info.id, 1, 0, 0, i)
+        all_there = phase.when in ("start", "end")
+        cohort = sorted(seen if all_there else [info.id, *(c for c in seen if c != info.id)][:jobs])
+        message = method.broadcast(phase, server, info)
+        call = Call("train", (job, state), message)
+        work, after = worker.run(call)  # once to warm up
+        down, up = (0 if sent is None else encoded_size(sent) for sent in (message, work.update))
+        times = len(seen) if all_there else jobs * going * _rounds(phase, rounds)
+        parts.append(_Part(times, _timed(worker, call), down, up))
+        state = after
+        if i != phases[-1] and phase.over == "cohort" and work.update is not None:
+            heard = [_reply(worker, job._replace(client=client), work) for client in cohort]
+            server, *_ = worker.run(Call("aggregate", (i, 0, server, heard, cohort)))
+            chosen = None if all_there else method.proceed(phase, server)
+            going *= 1.0 if chosen is None else len(chosen) / len(cohort)
+    return parts, state
+
+
+def _reply(worker: Worker, job: Job, work: Work) -> Reply:
+    """What one client has done, from another."""
+    rows = worker.federation.size(job.client)
+    return Reply(job, work.update, rows, work.samples, work.steps, 0, 0.0, work.loss)
+
+
+def _rounds(phase: Phase, rounds: int) -> float:
+    """In how many rounds a phase happens, or is to be expected."""
+    if isinstance(phase.when, Coin):
+        return rounds * phase.when.p
+    return float(phase.when.round <= rounds) if isinstance(phase.when, At) else rounds
 
 
 def _jobs(config: Config, worker: Worker) -> int:

@@ -206,6 +206,23 @@ def test_plan_counts_judgements() -> None:
 
 
 @pytest.mark.parametrize(
+    ("method", "options", "more"),
+    [
+        ("fedavg", {"then": "ccvr"}, {}), ("finalmerge", {}, {"topology": "none"}), ("fedmd", {}, {"public": 20}),
+        ("fedlex", {}, {}), ("fedavg", {"selection": "curriculum:2"}, {}),
+    ],
+    ids=["end", "merge and take", "two phases", "start", "chosen"],
+)  # fmt: skip
+def test_plan_counts_every_phase(method: str, options: dict[str, Any], more: dict[str, Any]) -> None:
+    config = Config(**{"rounds": 3, "clients": 4, "model": "mlp:8", "executor": "serial", **more})
+    spec = experiment.RunSpec(method, method, options, config)
+    federation = experiment.make_federation(config)
+    row = plan._row(spec, experiment.check(spec, federation))
+    found = experiment.trial(spec, federation).history[-1]
+    assert (row["bytes_down"], row["bytes_up"]) == (found["bytes_down"], found["bytes_up"])
+
+
+@pytest.mark.parametrize(
     ("method", "schedule", "options", "jobs"),
     [
         ("fedavg", None, {}, 4),

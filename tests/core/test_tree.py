@@ -90,6 +90,34 @@ def test_dot_and_norm_are_over_all_tensors(a: Any, seed: int) -> None:
     assert tr.norm(a) == pytest.approx(np.sqrt(sum(float((x.numpy() ** 2).sum()) for x in tr.tensors(a))), rel=1e-12)
 
 
+def flat(tree: Any) -> torch.Tensor:
+    return torch.cat([torch.zeros(0, dtype=torch.float64), *(t.flatten() for t in tr.tensors(tree))])
+
+
+@few
+@given(TREES, SEEDS)
+def test_a_tree_is_filled_with_the_numbers_of_a_vector(a: Any, seed: int) -> None:
+    b, numbers = another(a, seed), flat(a)
+    assert tr.digest(tr.filled(a, numbers)) == tr.digest(a)
+    found = tr.filled(b, numbers)
+    assert torch.equal(flat(found), numbers)
+    assert [x for x in tr.leaves(found) if not isinstance(x, torch.Tensor)] == [
+        x for x in tr.leaves(b) if not isinstance(x, torch.Tensor)
+    ]
+    for wrong in (torch.cat([numbers, torch.zeros(1)]), numbers[None]):
+        with pytest.raises(ValueError, match="cannot hold"):
+            tr.filled(a, wrong)
+
+
+def test_a_tree_is_filled_in_its_own_shapes_and_dtypes_where_it_is_to_be() -> None:
+    like = {"n": torch.tensor([7, 8]), "h": torch.zeros(1, 2, dtype=torch.float16), "s": "x", "i": 3}
+    assert tr.digest(tr.filled(like, torch.tensor([1.5, 2.0], dtype=torch.float64))) == tr.digest(
+        {**like, "h": torch.tensor([[1.5, 2.0]], dtype=torch.float16)}
+    )
+    found = tr.filled(like, torch.arange(4.0), lambda leaf: isinstance(leaf, torch.Tensor))
+    assert tr.digest(found) == tr.digest({**like, "n": torch.tensor([0, 1]), "h": torch.tensor([[2.0, 3.0]]).half()})
+
+
 def test_norm_of_half_precision_does_not_overflow() -> None:
     assert tr.norm(torch.full((1000,), 300.0, dtype=torch.float16)) == pytest.approx(300 * 1000**0.5)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from helpers import LINEAR64, NORMED, architecture, federation, vector
 from torch import nn
 
 import consilience
+from consilience.cli import main
 from consilience.core import failpoint
 from consilience.core import tree as tr
 from consilience.core.encode import encoded_size
@@ -20,6 +22,7 @@ from consilience.core.events import Instant
 from consilience.core.exchange import Letter, opened, posted
 from consilience.core.messages import Device, Inbox, Job, Trip
 from consilience.core.model import Weights
+from consilience.exporting import read_run
 from consilience.fleet.varying import Topology
 from consilience.methods import DPSGD, MHD, DProxSGT, FedAvg, FinalMerge, Local, SCooL, VarGossip
 from consilience.models.small import SplitModel
@@ -116,6 +119,66 @@ def test_everybody_with_everybody_every_other_round() -> None:
     assert len(set(digests(run(DPSGD(**USUAL), rounds=2, topology="none,complete")))) == 1
     whole = run(FedAvg(weights="uniform", **USUAL), rounds=2).server.model
     assert set(digests(run(DPSGD(**USUAL), rounds=2, topology="complete*2,none"))) == {tr.digest(whole.params)}
+
+
+# --- clients that are no nodes --------------------------------------------------------------------------------
+
+
+def newcomers(method: Any, **more: Any) -> tuple[consilience.Result, dict[int, dict[int, Any]]]:
+    """A run, and by round and client what was found of the two that never take part."""
+    fed = digits(unseen=2, **more)
+    options: dict[str, Any] = {"model": "logistic", "executor": "serial", "eval_clients_every": 1}
+    result = consilience.run(method, fed, rounds=2, topology="ring", **options)
+    found: dict[int, dict[int, Any]] = {}
+    for row in result.clients:
+        if not row["seen"]:
+            found.setdefault(row["round"], {})[row["client"]] = row
+    return result, found
+
+
+def losses(result: consilience.Result, model: Weights) -> dict[int, float]:
+    """Of a model, on the test rows of those who never take part."""
+    sites = {c: result.worker.site(Job(-1, c, 0, 0, 0, 0))[0] for c in result.worker.federation.unseen}
+    return {c: site.evaluate(model).loss for c, site in sites.items()}
+
+
+def test_somebody_new_gets_the_mean_of_nodes_models() -> None:
+    result, found = newcomers(DPSGD(lr=0.1))
+    states = [state.model.params for state in result.states.values()]
+    mean = Weights({name: torch.stack([s[name] for s in states]).mean(0) for name in states[0]}, {})
+    assert {c: row["loss"] for c, row in found[2].items()} == pytest.approx(losses(result, mean), rel=1e-5)
+    assert result.history[-1]["unseen"]["mean"] > 0
+
+
+def test_somebody_new_gets_the_merged_model() -> None:
+    result, found = newcomers(FinalMerge(lr=0.1, merge_after=1))
+    assert {c: row["loss"] for c, row in found[2].items()} == losses(result, result.server.model)
+    before, _ = newcomers(FinalMerge(lr=0.1))
+    assert before.history[0]["unseen"] == newcomers(DPSGD(lr=0.1))[0].history[0]["unseen"]  # not merged yet
+
+
+def test_where_nodes_have_nothing_in_common_there_is_nothing_for_somebody_new() -> None:
+    result, found = newcomers(MHD(public_rows=20), public=30)
+    assert all("unseen" not in line and line["clients"]["mean"] > 0 for line in result.history)
+    assert {row["n"] for row in found[2].values()} == {0}
+
+
+def test_what_is_predicted_for_somebody_new_is_what_was_judged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["--clients", "5", "--unseen", "2", "--model", "logistic", "--rounds", "1", "--executor", "serial"]
+    for name, more in (("dpsgd", []), ("mhd", ["--public", "20"])):
+        with pytest.raises(SystemExit) as left:
+            main(["run", name, *small, *more, "--out", str(tmp_path / name)])
+        assert not left.value.code
+    assert "no model for somebody new" in capsys.readouterr().out
+    made, none = (read_run(tmp_path / name) for name in ("dpsgd", "mhd"))
+    client = min(made.federation.unseen)
+    row = [json.loads(line) for line in (tmp_path / "dpsgd" / "clients.jsonl").read_text().splitlines()][client]
+    site, _ = made.worker.site(Job(-1, client, 0, 0, 0, 0))
+    assert site.evaluate(made.predictor(client)).loss == row["loss"]
+    with pytest.raises(ConfigError, match="which takes no part"):
+        none.predictor(min(none.federation.unseen))
 
 
 # --- MHD and SCooL over any topology --------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from statistics import fmean
 import pytest
 
 from consilience.cli import main
-from consilience.report.calibration import errors, finding
+from consilience.report.calibration import finding
 from consilience.report.facts import gather
 from consilience.report.html import render
 
@@ -23,18 +23,18 @@ def test_the_table_has_the_last_rounds_errors(tmp_path: Path) -> None:
         main(["compare", "local", "fedavg", "fald:burn_in=1", *OPTIONS, "--out", str(folder)])
     assert not end.value.code
     facts = gather(folder)
-    found = errors(facts)
+    found = {e.label: e.calibration for e in facts.entries if e.calibration}
     assert set(found) == {"fedavg", "fald:burn_in=1"}
     for label, error in found.items():
         lines = [
             json.loads((r.path / "history.jsonl").read_text().splitlines()[-1]) for r in facts.runs if r.label == label
         ]
-        assert error.mean == pytest.approx(fmean(line["global"]["ece"] for line in lines))
+        assert error.error == pytest.approx(fmean(line["global"]["ece"] for line in lines))
     page = render(facts)
     inside = page[page.index('<section id="calibration"') :]
     row = re.search(r"FedAvg</th><td[^>]*>([\d.]+)</td>", inside)
     assert row is not None
-    assert row[1] == f"{100 * found['fedavg'].mean:.1f}"
+    assert row[1] == f"{100 * found['fedavg'].error:.1f}"
     assert "FA-LD burn_in=1" in finding(facts)
 
 

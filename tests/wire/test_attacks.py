@@ -16,7 +16,7 @@ from consilience.core.errors import ConfigError, ConsilienceError
 from consilience.core.events import Instant
 from consilience.core.messages import Job, ModelUpdate, Reply
 from consilience.core.model import Weights
-from consilience.methods import DPSGD, FRL, FedAvg, FedMD, FedProto, Scaffold
+from consilience.methods import DPSGD, FRL, FedAvg, FedDisco, FedMD, FedProto, OneByte, Scaffold
 from consilience.privacy.options import Privacy
 from consilience.wire import attacks
 from consilience.wire.adversary import Adversary, Attack, attacked, parse, stamp
@@ -194,6 +194,25 @@ def test_an_attack_on_scores_needs_scores() -> None:
         found = consilience.run(FedMD(), fed, attack=f"{name}:0.4", **USUAL)
         assert found.refused == []
         assert not torch.equal(found.server.scores, plain.server.scores)
+
+
+def test_an_attack_on_numbers_needs_numbers() -> None:
+    fed = consilience.make_federation("digits", clients=5, seed=0)
+    with pytest.raises(ConsilienceError, match=r"on numbers, and onebyte sends none .* labelflip and backdoor"):
+        consilience.run(OneByte(local_steps=2), fed, attack="signflip:0.4", **USUAL)
+    full = OneByte(local_steps=2, precision="full")
+    for method, attack in ((OneByte(local_steps=2), "labelflip"), (full, "signflip")):
+        plain = consilience.run(method, fed, **USUAL)
+        found = consilience.run(method, fed, attack=f"{attack}:0.4", **USUAL)
+        assert found.refused == []
+        assert found.digest.splitlines()[0] != plain.digest.splitlines()[0]
+
+
+def test_answers_without_numbers_that_come_beside_others_are_let_through() -> None:
+    """Counts of labels, before the first round."""
+    fed = consilience.make_federation("digits", clients=5, seed=0)
+    found = consilience.run(FedDisco(), fed, attack="signflip:0.4", **USUAL)
+    assert tr.digest(found.server) != tr.digest(consilience.run(FedDisco(), fed, **USUAL).server)
 
 
 USUAL: dict[str, Any] = {"model": "mlp:8", "rounds": 3, "eval_clients_every": 2, "executor": "serial"}

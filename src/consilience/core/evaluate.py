@@ -126,6 +126,7 @@ class Judge:
             calls = [Call("chunk", (*rows, True), predictor, rows[1] - rows[0]) for rows in stamped]
             triggered = [self.executor.begin(call) for call in calls]
         merged, consensus = self._merged()
+        new = newcomer(predictor, merged)
         nodes: list[int] = []
         if merged is not None:
             ranges = row_ranges(self.federation, self.evaluation.chunk)
@@ -134,14 +135,20 @@ class Judge:
         last = version == self.rounds
         judged: list[tuple[Job, int | None]] = []
         for client in self.clients() if full else []:
-            asked, ticket = job(client), None
-            if len(self.federation.data(client).test):  # without test rows there is nothing to judge by
-                train = last and client not in self.federation.unseen
-                ticket = self.executor.judge(asked, message(client), train=train)
-            judged.append((asked, ticket))
+            asked = job(client)
+            judged.append((asked, self._judged(asked, message, last, new)))
         paid = {asked.client: spent.get(asked.client, Totals()) for asked, _ in judged}
         end = predictor if last else None
         return Line(record, chunks, triggered, nodes, judged, pairs if full else {}, full, last, paid, end)
+
+    def _judged(self, job: Job, message: Callable[[int], Tree], last: bool, new: Predictor | None) -> int | None:
+        """Queue the judgement of a client; None where there is nothing to judge, or no test rows to judge it by."""
+        client, unseen = job.client, job.client in self.federation.unseen
+        if not len(self.federation.data(client).test):
+            return None
+        if unseen and self.place.topology is not None:  # no node, and nobody else who would send it a model
+            return None if new is None else self.executor.begin(Call("newcomer", (job,), new))
+        return self.executor.judge(job, message(client), train=last and not unseen)
 
     def finish(self, line: Line) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """The line of history, and a line per judged client."""
@@ -185,19 +192,10 @@ class Judge:
         return self.measures.of_global(self.federation.task, scores, test.y, loss, full, test.sensitive)
 
     def _merged(self) -> tuple[Weights | None, float]:
-        """The mean of the models of nodes without a server, and the sum of their squared distances from it."""
-        unknown = type(self.place.method).node_model is Method.node_model  # then states need not be read
-        if self.place.topology is None or unknown or self.federation.task.kind == "operator":
+        """As :func:`mean_model`; nothing where nobody exchanges with neighbours."""
+        if self.place.topology is None or self.federation.task.kind == "operator":
             return None, 0.0
-        states = [state for _, state in sorted(self.executor.states().items())]
-        if any(isinstance(state, Elsewhere) for state in states):  # in a deployment nodes' models stay with them
-            return None, 0.0
-        own = [state.state if isinstance(state, Kept) else state for state in states]
-        models = [model for model in map(self.place.method.node_model, own) if model is not None]
-        if not models:
-            return None, 0.0
-        mean: Weights = weighted_sum(models, uniform_weights(len(models)))
-        return mean, sum(_apart(model.params, mean.params) for model in models)
+        return mean_model(self.place.method, self.executor.states())
 
     def _counts(self, client: int) -> bool:
         """Whether a client is among those that measures over clients are of: it may train, and is not hostile."""
@@ -289,6 +287,28 @@ class Judge:
 
     def _across(self, values: Sequence[float]) -> dict[str, Any]:
         return dict(self.measures.across(values, higher_is_better=self.federation.task.kind == "classification"))
+
+
+def mean_model(method: Method, states: Mapping[int, Tree]) -> tuple[Weights | None, float]:
+    """The mean of the models of nodes without a server, and the sum of their squared distances from it. states: of the
+    nodes, by id. None where the method's nodes have no models to average, or where these are not here."""
+    if type(method).node_model is Method.node_model:  # then states need not be read
+        return None, 0.0
+    own = [state for _, state in sorted(states.items())]
+    if any(isinstance(state, Elsewhere) for state in own):  # in a deployment nodes' models stay with them
+        return None, 0.0
+    models = [method.node_model(state.state if isinstance(state, Kept) else state) for state in own]
+    known = [model for model in models if model is not None]
+    if not known:
+        return None, 0.0
+    mean: Weights = weighted_sum(known, uniform_weights(len(known)))
+    return mean, sum(_apart(model.params, mean.params) for model in known)
+
+
+def newcomer(made: Predictor | None, mean: Weights | None) -> Predictor | None:
+    """What a client that is no node would deploy where nodes exchange among themselves: the global model that was
+    ``made`` of theirs, or else the ``mean`` of theirs. None where there is neither."""
+    return Net(mean) if made is None and mean is not None else made
 
 
 def _value(score: Score) -> float:

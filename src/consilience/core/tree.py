@@ -148,6 +148,29 @@ def _copied(x: Tensor) -> Tensor:
     return x.detach().clone(memory_format=torch.contiguous_format)
 
 
+def floating(leaf: Tree) -> bool:
+    """Whether a leaf is a tensor of floating numbers."""
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def filled(a: Tree, vector: Tensor, chosen: Callable[[Tree], bool] = floating) -> Tree:
+    """The tree with the numbers of ``vector`` ``(d,)`` in the place of those of its ``chosen`` tensors, left to right,
+    in their shapes and dtypes; other leaves stay. Raises ValueError where they do not hold d numbers."""
+    wanted = sum(leaf.numel() for leaf in leaves(a) if chosen(leaf))
+    if vector.shape != (wanted,):
+        raise ValueError(f"a tree of {wanted} numbers cannot hold a tensor of shape {tuple(vector.shape)}")
+    at = 0
+
+    def on(leaf: Tree) -> Tree:
+        nonlocal at
+        if not chosen(leaf):
+            return leaf
+        at += leaf.numel()
+        return vector[at - leaf.numel() : at].reshape(leaf.shape).to(leaf.dtype)
+
+    return tree_map(on, a)
+
+
 def dot(a: Tree, b: Tree) -> float:
     """Inner product over all tensors, summed in float64."""
     pairs = zip(tensors(a), tensors(b), strict=True)

@@ -215,6 +215,12 @@ class Worker:
                 after = site.evaluate(self.method.trained_model(site, message, update, own))
         return before, after, valid
 
+    def do_newcomer(self, predictor: Predictor, job: Job) -> tuple[Score, None, Score | None]:
+        """As :meth:`do_judge`, of a client that takes no part and is given a predictor."""
+        site, phase = self.site(job)
+        with _blame(site, phase, "judging"):
+            return site.evaluate(predictor), None, site.evaluate(predictor, site.valid) if len(site.valid) else None
+
     def do_aggregate(
         self, shared: Tree, phase: int, version: int, server: Tree, replies: Sequence[Reply], cohort: Sequence[int]
     ) -> tuple[Tree, int, int, float]:

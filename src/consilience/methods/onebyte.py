@@ -102,7 +102,7 @@ class OneByte(Method):
     of a step grows with the number of parameters, so lr must be far smaller than for gradients. The model is asked in
     evaluation mode: no dropout, and BatchNorm keeps the statistics that it begins with. Parameters that a model's maker
     froze stay. ``weights``, ``form``, optimizer, momentum and clip have no meaning here. Attacks on what is sent
-    (``--attack``, those on data apart) find no numbers in bytes and change nothing; they do with precision="full".
+    (``--attack``, those on data apart) find no numbers in bytes and are refused; with precision="full" they do.
 
     One client, one batch and precision="full" is MeZO (Malladi et al., 2023).
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from consilience.core import tree as tr
 from consilience.core.errors import ConfigError, nearest
 from consilience.core.reduce import weighted_sum
-from consilience.core.tree import Tree
 from consilience.parts.aggregating import Aggregator, looked_at, vectors_of
 
 NAMES = {
@@ -53,7 +52,7 @@ class Jacobian(Aggregator):
             for name in updates[0]._fields
             if name != field
         }
-        return type(updates[0])(**{field: _filled(getattr(updates[0], field), vector), **made})
+        return type(updates[0])(**{field: tr.filled(getattr(updates[0], field), vector), **made})
 
     def _vector(self, rows: Tensor, seed: int) -> Tensor:
         with torch.random.fork_rng(devices=[]):
@@ -67,21 +66,6 @@ def _made(name: str) -> Any:
     import torchjd.aggregation
 
     return getattr(torchjd.aggregation, NAMES[name])()
-
-
-def _filled(tree: Tree, vector: Tensor) -> Tree:
-    """A tree whose floating numbers are those of the vector, one after another."""
-    at = 0
-
-    def leaf(old: Tree) -> Tree:
-        nonlocal at
-        if not isinstance(old, Tensor) or not old.is_floating_point():
-            return old
-        new = vector[at : at + old.numel()].reshape(old.shape).to(old.dtype)
-        at += old.numel()
-        return new
-
-    return tr.tree_map(leaf, tree)
 
 
 def parse(name: str, text: str) -> Jacobian:

@@ -36,6 +36,13 @@ class Dot(NamedTuple):
     value: float
 
 
+class Calibration(NamedTuple):
+    """A method's calibration error after the last round: mean over seeds, and its interval."""
+
+    error: float
+    interval: tuple[float, float] | None
+
+
 @dataclass
 class Entry:
     """One method over its seeds."""
@@ -69,6 +76,12 @@ class Entry:
     @cached_property
     def interval(self) -> tuple[float, float] | None:
         return mean_interval([self.scores[s] for s in sorted(self.scores)], share=self.share)
+
+    @cached_property
+    def calibration(self) -> Calibration | None:
+        """None without a global model that gives probabilities."""
+        found = [e for run in self.runs if (e := last_of(run, "global", "ece")) is not None and math.isfinite(e)]
+        return Calibration(fmean(found), mean_interval(found, share=True)) if found else None
 
     def last(self, *keys: str) -> float | None:
         """Mean over seeds of a run's last value."""

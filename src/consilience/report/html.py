@@ -14,7 +14,7 @@ from string import Template
 from consilience.report import answer
 from consilience.report.architectures import architectures, architectures_section
 from consilience.report.blob import page_blob
-from consilience.report.calibration import calibration_section, errors
+from consilience.report.calibration import calibration_section
 from consilience.report.certainty import certainty_section
 from consilience.report.clusters import clusters_section, personal
 from consilience.report.devices import devices_section
@@ -112,7 +112,7 @@ def render(facts: Facts) -> str:
         "architectures": len(architectures(facts)) < 2,
         "clusters": not personal(facts),
         "devices": not timelines(facts),
-        "calibration": not errors(facts),
+        "calibration": not any(e.calibration for e in facts.entries),
         "trust": not guarded(facts),
         "federation": "sizes" not in facts.federation,  # too many clients to draw
     }

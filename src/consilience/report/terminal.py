@@ -199,6 +199,9 @@ def run_summary(run: RunFolder) -> Table:
         value = last_of(run, *keys)
         if value is not None:
             table.add_row(title, scale.text(value))
+    rows = {seen: [row["n"] for row in run.clients if row["seen"] is seen] for seen in (True, False)}
+    if rows[False] and any(rows[True]) and not any(rows[False]):
+        table.add_row("Unseen clients", "no model for somebody new")
     for title, key in (
         ("Clusters against true groups", "rand"),
         ("Clusters of unseen clients", "rand_unseen"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,8 @@ TARGET = 0
 """The class that a backdoor leads to."""
 BACKDOOR = ("backdoor", "replace")
 """Attacks that train on rows with a trigger."""
+DATA = ("labelflip", "backdoor")
+"""Attacks whose updates are honest; their data are not."""
 
 
 @dataclass(frozen=True)
@@ -202,6 +206,8 @@ class Adversary:
             others = [view.vector for reply, view in group if reply.job.client not in self.hostile]
             if not mine:
                 continue
+            if not mine[0][1].form:
+                self._refuse(mine[0][0])
             own = torch.stack([view.vector for _, view in mine])
             known = own if self.attack.blind or not others else torch.stack(others)
             scene = Scene(
@@ -212,6 +218,16 @@ class Adversary:
             for (reply, view), row in zip(mine, rows, strict=True):
                 made[reply.job.id] = view.put(reply.update, row)
         return made
+
+    def _refuse(self, reply: Reply) -> None:
+        """Raises ConsilienceError where a hostile client's update without numbers is all that it sends in a round."""
+        program, method = self.worker.program, self.worker.method
+        sending = [phase for phase in program if phase.inner and method.sends(phase) is not NoneType]
+        if self.attack.name not in DATA and tr.is_record(reply.update) and sending == [program[reply.job.phase]]:
+            raise ConsilienceError(
+                f"attack {self.attack.name} is on numbers, and {method.name} sends none with these options; "
+                f"{' and '.join(DATA)} are on data"
+            )
 
     def _share(self, replies: Sequence[Reply]) -> float:
         """The colluders' weight in the mean."""
@@ -235,6 +251,7 @@ class _View:
         self._ranks = {name for name in self._zero if kinds(type(update))[name] is Kind.RANKS}
         parts = [(name, *item) for name in self._zero for item in tr.items(_params(getattr(update, name)))]
         chosen = [(name, path, t) for name, path, t in parts if self._counts(name, t)]
+        self._chosen = chosen
         self.form = tuple((name, path, t.shape, t.dtype) for name, path, t in chosen)
         rows = [(_places(t) if name in self._ranks else t.double() - self._at(name, path)).flatten()
                 for name, path, t in chosen]  # fmt: skip
@@ -249,23 +266,16 @@ class _View:
 
     def put(self, update: Tree, vector: Tensor) -> Tree:
         """The update with these numbers."""
-        rest = vector
+        found: dict[str, list[Tensor]] = {}
+        rows = torch.split(vector, [leaf.numel() for _, _, leaf in self._chosen])
+        for (name, path, leaf), row in zip(self._chosen, rows, strict=True):
+            ranked = name in self._ranks
+            there = row.argsort(stable=True) if ranked else row.reshape(leaf.shape) + self._at(name, path)
+            found.setdefault(name, []).append(there.flatten())
         new: dict[str, Tree] = {}
-        for name in self._zero:
-            paths = iter([path for path, _ in tr.items(_params(getattr(update, name)))])
-
-            def on(leaf: Any, name: str = name, paths: Any = paths) -> Any:
-                nonlocal rest
-                path = next(paths)
-                if not self._counts(name, leaf):
-                    return leaf
-                row, rest = rest[: leaf.numel()], rest[leaf.numel() :]
-                if name in self._ranks:
-                    return row.argsort(stable=True).to(leaf.dtype)
-                return (row.reshape(leaf.shape) + self._at(name, path)).to(leaf.dtype)
-
+        for name, parts in found.items():
             old = getattr(update, name)
-            params = tr.tree_map(on, _params(old))
+            params = tr.filled(_params(old), torch.cat(parts), partial(self._counts, name))
             new[name] = Weights(params, old.buffers) if isinstance(old, Weights) else params
         return update._replace(**new)
 
