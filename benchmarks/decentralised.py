@@ -9,11 +9,12 @@ trained on; all 10,000 test rows. Settings and rules were written before the fir
 that did not hold stays in the table. Results are kept in ``benchmarks/results/decentralised.json``.
 
 1. A single final merging comes within a point of server-based accuracy (Zhu et al., ICLR 2026), Dirichlet 0.1, 20
-   rounds. Rule: FedAvg's accuracy less that of the merged model is at most 1 point, on average over seeds, where nodes
-   averaged themselves with one other with chance 0.2 a round.
+   rounds, and once more with 60. Rule: FedAvg's accuracy less that of the merged model is at most 1 point, on average
+   over seeds, where nodes averaged themselves with one other with chance 0.2 a round.
 2. Variance correction speeds gossip from different initialisations (Tian et al., 2024), four random neighbours a
-   round, 10 rounds. Rule: with it, nodes reach a mean accuracy of 75 % on their own test rows (Dirichlet 0.3: 80 %) in
-   fewer rounds, on average over seeds, for both partitions.
+   round, 40 rounds. Rule: with it, nodes reach a mean accuracy of 75 % on their own test rows (Dirichlet 0.3: 80 %) in
+   fewer rounds, on average over seeds, for both partitions. First runs had 10 rounds, in which hardly any reached its
+   target, so that the rule could not tell; nothing but the number of rounds was changed.
 """
 
 from __future__ import annotations
@@ -48,8 +49,9 @@ VARIANCE: dict[str, tuple[str, str]] = {
 }
 SUITES: dict[str, tuple[dict[str, tuple[str, str]], str, str, int]] = {
     "merging": (MERGING, "mlp:128", "dirichlet:0.1", 20),
-    "variance-iid": (VARIANCE, "mlp:128x64", "iid", 10),
-    "variance-dirichlet": (VARIANCE, "mlp:128x64", "dirichlet:0.3", 10),
+    "merging-60": (MERGING, "mlp:128", "dirichlet:0.1", 60),
+    "variance-iid": (VARIANCE, "mlp:128x64", "iid", 40),
+    "variance-dirichlet": (VARIANCE, "mlp:128x64", "dirichlet:0.3", 40),
 }
 TARGETS = {"variance-iid": 0.75, "variance-dirichlet": 0.80}
 
@@ -73,7 +75,7 @@ def go(suite: str, setting: str, seed: int) -> dict[str, Any]:
     fed = federation(partition, seed)
     result = consilience.run(
         make(name, options), fed, model=model, topology=topology, rounds=rounds, seed=seed, executor="serial",
-        eval_every=1 if suite != "merging" else rounds // 4, eval_clients_every=1 if suite != "merging" else 0,
+        eval_every=rounds // 4 if settings is MERGING else 1, eval_clients_every=0 if settings is MERGING else 1,
     )  # fmt: skip
     lines = result.history
     found: dict[str, Any] = {"megabytes": lines[-1]["bytes_up"] / 1e6}
@@ -82,7 +84,7 @@ def go(suite: str, setting: str, seed: int) -> dict[str, Any]:
     if "merged" in lines[-1]:
         found["merged"] = {str(line["round"]): line["merged"]["accuracy"] for line in lines}
         found["consensus"] = lines[-1]["merged"]["consensus"]
-    if suite != "merging":
+    if settings is VARIANCE:
         found["nodes"] = {str(line["round"]): line["clients"]["mean"] for line in lines}
     return found
 
@@ -107,24 +109,35 @@ def delay(run: Mapping[str, Any], target: float, rounds: int) -> int:
     return next((int(r) for r, value in run["nodes"].items() if value >= target), rounds + 1)
 
 
-def tables(found: Mapping[str, Any]) -> str:
-    """All suites, and what of the claims held."""
-    lines = ["| 16 nodes, Dirichlet 0.1 | accuracy, % (each seed) | less than FedAvg | MB sent |", "|---|---|---|---|"]
-    server = [100 * run["global"] for run in runs(found, "merging", "FedAvg")]
-    gaps: dict[str, list[float]] = {}
+def merging(found: Mapping[str, Any], suite: str, gaps: dict[str, float]) -> list[str]:
+    """A table of final merging; adds to the gaps how many points it lacks where nodes averaged now and then."""
+    rounds = SUITES[suite][3]
+    lines = ["", f"| {rounds} rounds | accuracy, % (each seed) | less than FedAvg | MB sent |", "|---|---|---|---|"]
+    server = [100 * run["global"] for run in runs(found, suite, "FedAvg")]
     for setting in MERGING:
-        done = runs(found, "merging", setting)
+        done = runs(found, suite, setting)
         values = [100 * run["global"] for run in done]
         if not values:
             continue
-        gaps[setting] = [a - b for a, b in zip(server, values, strict=False)]
+        gap = statistics.fmean(a - b for a, b in zip(server, values, strict=False))
+        if setting == "sparse, then merged":
+            gaps[suite] = gap
         lines.append(
-            f"| {setting} | {statistics.fmean(values):.1f} ({', '.join(f'{v:.1f}' for v in values)}) | "
-            f"{statistics.fmean(gaps[setting]):.1f} | {statistics.fmean(run['megabytes'] for run in done):.1f} |"
+            f"| {setting} | {statistics.fmean(values):.1f} ({', '.join(f'{v:.1f}' for v in values)}) | {gap:.1f} | "
+            f"{statistics.fmean(run['megabytes'] for run in done):.1f} |"
         )
+    return lines
+
+
+def tables(found: Mapping[str, Any]) -> str:
+    """All suites, and what of the claims held."""
+    lines: list[str] = []
+    gaps: dict[str, float] = {}
+    for suite in ("merging", "merging-60"):
+        lines += merging(found, suite, gaps)
     lines += [
         "",
-        "| start, partition | rounds to the target (each seed) | nodes after 1, 3, 10 rounds, % |",
+        "| start, partition | rounds to the target (each seed) | nodes after 1, 3, 10, 40 rounds, % |",
         "|---|---|---|",
     ]
     delays: dict[str, dict[str, float]] = {}
@@ -136,21 +149,21 @@ def tables(found: Mapping[str, Any]) -> str:
                 continue
             each = [delay(run, target, rounds) for run in done]
             delays.setdefault(suite, {})[setting] = statistics.fmean(each)
-            shown = [100 * statistics.fmean(run["nodes"][str(r)] for run in done) for r in (1, 3, rounds)]
+            shown = [100 * statistics.fmean(run["nodes"][str(r)] for run in done) for r in (1, 3, 10, rounds)]
             told = ", ".join(f"{n}" if n <= rounds else f"> {rounds}" for n in each)
             lines.append(
                 f"| {setting}, {SUITES[suite][2]} | {told} ({100 * target:.0f} %) | "
                 f"{', '.join(f'{value:.1f}' for value in shown)} |"
             )
     lines += ["", "| claim | held | numbers |", "|---|---|---|"]
-    if gaps.get("sparse, then merged"):
-        gap = statistics.fmean(gaps["sparse, then merged"])
-        lines.append(f"| a final merging comes within a point of FedAvg | {'yes' if gap <= 1 else 'no'} | {gap:.1f} |")
+    for suite, gap in gaps.items():
+        says = f"a final merging comes within a point of FedAvg after {SUITES[suite][3]} rounds"
+        lines.append(f"| {says} | {'yes' if gap <= 1 else '**no**'} | {gap:.1f} |")
     if delays.keys() == TARGETS.keys() and all(
         "own ones, corrected" in of and "own ones" in of for of in delays.values()
     ):
         pairs = [(of["own ones, corrected"], of["own ones"]) for of in delays.values()]
-        held = "yes" if all(a < b for a, b in pairs) else "no"
+        held = "yes" if all(a < b for a, b in pairs) else "**no**"
         told = ", ".join(f"{a:.1f} against {b:.1f} rounds" for a, b in pairs)
         lines.append(f"| variance correction speeds gossip from own initial models | {held} | {told} |")
     return "\n".join(lines)

@@ -24,6 +24,8 @@ from consilience.config import Config
 from consilience.core.messages import ClientInfo
 
 SMALL = ["--model", "mlp:16", "--rounds", "3", "--workers", "2"]
+ALONE = ["--model", "mlp:16", "--rounds", "3", "--executor", "serial"]
+"""The same run, without processes of its own."""
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +97,7 @@ def test_a_comparisons_files(place: Path) -> None:
 
 def test_a_method_combined_otherwise_is_a_run_like_any(place: Path) -> None:
     options = ["--weights", "fedce", "--aggregator", "trimmed:0.1", "--partition", "dirichlet:0.3"]
-    done = consilience("run", "fedprox", *SMALL, *options, "--out", "ruled", cwd=place)
+    done = here("run", "fedprox", *ALONE, *options, "--out", "ruled", cwd=place)
     assert done.returncode == 0, done.stderr
     assert here("digest", "ruled", cwd=place).stdout == (place / "ruled" / "digest.txt").read_text()
     for command in (["resume", "ruled"], ["predict", "ruled", "digits"], ["export", "ruled"], ["report", "ruled"]):
@@ -119,7 +121,7 @@ def test_digest_is_the_same_on_any_executor(place: Path) -> None:
 
 
 def test_partition_file_makes_the_same_federation(place: Path) -> None:
-    done = consilience("run", "scaffold", *SMALL, "--partition", "one/partition.json", "--out", "filed", cwd=place)
+    done = here("run", "scaffold", *ALONE, "--partition", "one/partition.json", "--out", "filed", cwd=place)
     assert done.returncode == 0, done.stderr
     assert here("digest", "filed", cwd=place).stdout == here("digest", "one", cwd=place).stdout
 
@@ -131,19 +133,19 @@ def test_resume_after_a_kill(place: Path) -> None:
     unfinished = here("digest", "killed", cwd=place)
     assert unfinished.returncode == 2
     assert "2 of 3 rounds" in unfinished.stderr
-    resumed = consilience("resume", "killed", cwd=place)
+    resumed = here("resume", "killed", cwd=place)
     assert resumed.returncode == 0, resumed.stderr
     assert here("digest", "killed", cwd=place).stdout == here("digest", "one", cwd=place).stdout
 
 
 def test_resume_a_comparison(place: Path) -> None:
-    arguments = ["compare", "fedavg", "scaffold", *SMALL, "--out", "halves"]
-    whole = consilience(*arguments, cwd=place)
+    arguments = ["compare", "fedavg", "scaffold", *ALONE, "--out", "halves"]
+    whole = here(*arguments, cwd=place)
     assert whole.returncode == 0, whole.stderr
     before = (place / "halves" / "leaderboard.json").read_text()
     (place / "halves" / "scaffold-seed0" / "digest.txt").unlink()
     (place / "halves" / "leaderboard.json").unlink()
-    resumed = consilience("resume", "halves", cwd=place)
+    resumed = here("resume", "halves", cwd=place)
     assert resumed.returncode == 0, resumed.stderr
     rows = [
         [{k: v for k, v in row.items() if k != "wall_s"} for row in json.loads(text)]
@@ -260,7 +262,7 @@ def test_predict_and_export(place: Path) -> None:
     assert exported.returncode == 0, exported.stderr
     tensors = load_file(place / "model" / "model.safetensors")
     assert tensors["head.weight"].shape == (10, 16)
-    own = consilience("run", "fedavg", *SMALL, "--init", "model/model.safetensors", "--out", "warm", cwd=place)
+    own = here("run", "fedavg", *ALONE, "--init", "model/model.safetensors", "--out", "warm", cwd=place)
     assert own.returncode == 0, own.stderr
     mine = here("export", "many/local-seed0", "--client", "3", "--out", "mine", cwd=place)
     assert mine.returncode == 0, mine.stderr

@@ -19,9 +19,10 @@ from consilience.privacy.central import Central, State
 from consilience.privacy.clip import Clip, clipped
 from consilience.privacy.ledger import Ledger
 from consilience.privacy.mechanism import Fixed
+from consilience.privacy.numbers import BITS, Simulated, decode, encode, rounding, threshold
 from consilience.privacy.options import Privacy
 from consilience.privacy.protocol import Client, Unmask, stream, total
-from consilience.privacy.secret import BITS, Secret, decode, encode, rounding, threshold
+from consilience.privacy.secret import Secret
 from consilience.privacy.shamir import join, split
 from consilience.simulate import Result, run
 
@@ -144,7 +145,7 @@ def test_what_cannot_be_summed_is_refused() -> None:
     with pytest.raises(ConfigError, match="--secure"):
         Privacy(secure=0.5)
     with pytest.raises(ConsilienceError, match="are needed"):
-        Secret(make("fedavg", {}), 1.0, {}, 0, lambda client: 1).sum({1: np.zeros(1, dtype=np.uint64)}, [1, 2], 2, 0)
+        Simulated(0).sum({}, [], [1, 2], size=1, share=1.0, version=0)
 
 
 # --- with differential privacy ---------------------------------------------------------------------------------
@@ -183,7 +184,7 @@ def test_the_noise_of_a_secret_sum_is_added_once() -> None:
     """One round: what noise adds to the sum has standard deviation z C / m, whoever was lost."""
     method = make("fedavg", {"form": "delta", "weights": "uniform"})
     template = {"delta": {"p": torch.zeros(4000)}, "buffers": {}}
-    masked = Secret(method, 0.5, template, 0, lambda client: 1)
+    masked = Secret(method, 0.5, template, Simulated(0), lambda client: 1)
     made = {
         noise: Central(
             DeltaUpdate, Fixed(6, 4, 3), Clip("flat", 0.5), noise, 1e-5, {"delta": 0.25, "buffers": 0.25}, template,

@@ -22,7 +22,8 @@ from consilience.core.tree import record
 from consilience.privacy.clip import Clip, clipped
 from consilience.privacy.ledger import Ledger
 from consilience.privacy.mechanism import Mechanism, Tree
-from consilience.privacy.secret import Secret, rounding, traffic
+from consilience.privacy.numbers import Recipe, rounding
+from consilience.privacy.secret import Secret, traffic
 
 RATE = 0.2
 """Step size of the adaptive bound, in logarithms (the paper's)."""
@@ -52,8 +53,8 @@ class Central:
 
     Noise comes from streams of their own, keyed by a secret and by what it covers: the same sums get the same noise, so
     that a resumed run has the same bits, and other sums get other noise, so that no difference of two releases is free
-    of it. In simulation the secret is made of the run's seed, and whoever knows that can take the noise away: it
-    measures what privacy costs and protects nobody.
+    of it. secret: in simulation it is made of the run's seed, and whoever knows that can take the noise away: it
+    measures what privacy costs and protects nobody. In a deployment it is the server's own.
 
     masked: sums are secret too. The clipped updates go through the protocol of ``Secret`` as fixed-point numbers, whose
     sum is exact, and the server adds the noise once, to that sum: it sees the sums of cohorts before noise, and no
@@ -143,12 +144,8 @@ class Central:
         bound = norm - rounding(sum(leaf.numel() for leaf in like))
         if bound <= 0:
             raise ConsilienceError(f"--dp-clip: a norm of {norm:g} is lost in the rounding of secret sums")
-        vectors = {}
-        for reply in replies:
-            vector, within = clipped(self._vector(reply), self.clip, bound)
-            numbers = [part.double().flatten().numpy() for part in vector]
-            vectors[reply.job.client] = np.concatenate([*numbers, [0.5 if within else -0.5]])
-        sums = masked.of(vectors, asked, version)
+        recipe = Recipe(dict.fromkeys(self.template, 1.0), str(self.clip), bound)
+        sums, _ = masked.of({reply.job.client: recipe for reply in replies}, replies, asked, version)
         ends = np.cumsum([leaf.numel() for leaf in like])
         rows = [torch.from_numpy(row).reshape(leaf.shape)
                 for row, leaf in zip(np.split(sums[:-1], ends[:-1]), like, strict=True)]  # fmt: skip
