@@ -262,7 +262,7 @@ def test_same_bits_after_dying_anywhere(
 ) -> None:
     """One run that dies at each place in turn, each time after it has gone on from where it died before."""
     out, resumed = tmp_path / "run", False
-    for place, count in (("client-after", 5), ("work", 2), ("aggregate", 2), ("evaluate", 1), ("checkpoint-middle", 1)):
+    for place, count in (("client-after", 5), ("work", 1), ("aggregate", 2), ("evaluate", 1), ("checkpoint-middle", 1)):
         with monkeypatch.context() as patch:
             patch.setenv("CONSILIENCE_FAILPOINT", f"{place}:{count}:raise")
             with pytest.raises(failpoint.Died, match=place):

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import command
 import helpers
 import pytest
 import torch
@@ -510,22 +508,16 @@ def test_a_run_with_devices_from_python_resumes_as_itself(tmp_path: Path) -> Non
 
 def test_killed_with_jobs_in_flight(tmp_path: Path) -> None:
     """SIGKILL in the middle of an asynchronous run, with processes; resumed, it ends with the same bits."""
-    root = Path(__file__).parents[2]
     options = ["--data", "digits", "--clients", "8", "--model", "mlp:16", "--rounds", "12", "--participation", "5",
                "--fleet", "phones", "--drops", "0.1", "--checkpoint-every", "1", "--eval-clients-every",
                "0"]  # fmt: skip
-    command = [sys.executable, "-m", "consilience.cli", "run", "fedbuff:buffer=3", *options, "--workers", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(root / "src")}
-
-    def call(*arguments: str, **more: str) -> int:
-        done = subprocess.run([*arguments], env={**environment, **more}, capture_output=True, text=True, check=False)
-        return done.returncode
-
+    run = ["run", "fedbuff:buffer=3", *options, "--workers", "2"]
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    assert call(*command, "--out", str(straight)) == 0
-    assert call(*command, "--out", str(killed), CONSILIENCE_FAILPOINT="aggregate:7") == -9
+    assert command.here(*run, "--out", "straight", cwd=tmp_path).returncode == 0
+    died = command.consilience(*run, "--out", "killed", cwd=tmp_path, env={"CONSILIENCE_FAILPOINT": "aggregate:7"})
+    assert died.returncode == -9
     snapshot, _ = read_snapshot(killed)
     assert snapshot.flights or snapshot.arrived
-    assert call(sys.executable, "-m", "consilience.cli", "resume", str(killed)) == 0
+    assert command.here("resume", "killed", cwd=tmp_path).returncode == 0
     for name in ("digest.txt", "timeline.jsonl"):
         assert (killed / name).read_text() == (straight / name).read_text()
