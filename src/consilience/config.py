@@ -47,6 +47,10 @@ def _memory(value: Any) -> str:
     return str(value)
 
 
+def _text(value: Any) -> Any:
+    return str(value) if isinstance(value, int | float) else value
+
+
 LOGGERS = ("tensorboard", "mlflow", "wandb")
 """What a run's history can be passed on to."""
 
@@ -102,6 +106,9 @@ class Config(BaseModel):
     mixing: Literal["metropolis", "uniform"] = Field("metropolis", description="weights of neighbours")
     attack: str | None = Field(
         None, description="NAME:FRACTION[:STRENGTH][:blind]: what hostile clients do, as alie:0.2"
+    )
+    robustness: Annotated[str | None, BeforeValidator(_text)] = Field(
+        None, description="EPS[:LOW:HIGH]: judge the last global model on inputs moved by EPS at most, within 0:1"
     )
     epsilon: float | None = Field(None, gt=0, description="client-level differential privacy that the run may spend")
     delta: float = Field(1e-6, gt=0, lt=1, description="chance at which epsilon may fail; well below 1 / clients")

@@ -141,6 +141,7 @@ def check(spec: RunSpec, federation: Any) -> Any:
     """Refuse what cannot run, before anything is written; returns the worker, for planning."""
     from consilience import loggers, methods
     from consilience.core.events import cohort_size
+    from consilience.measure import adversarial
     from consilience.simulate import prepare, timing
 
     loggers.check(spec.config.log)
@@ -153,6 +154,8 @@ def check(spec: RunSpec, federation: Any) -> Any:
     _, schedule = timing(worker, participation=config.participation, **_timing(config))
     cohort, always = cohort_size(config.participation, federation.n_seen), config.availability == "always"
     privacy.release(worker, schedule, rounds=config.rounds, cohort=cohort, available=always)
+    if adversarial.parse(config.robustness) is not None:
+        adversarial.check(worker)
     return worker
 
 
@@ -190,6 +193,7 @@ def execute(
             participation=config.participation,
             **_timing(config),
             privacy=_privacy(config),
+            robustness=config.robustness,
             eval_every=config.eval_every,
             eval_clients_every=config.eval_clients_every,
             eval_clients=config.eval_clients,

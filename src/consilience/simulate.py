@@ -41,6 +41,7 @@ from consilience.fleet.summary import describe
 from consilience.fleet.varying import Topology
 from consilience.fleet.varying import summary as topology_summary
 from consilience.folder import RunFolder, digest_text
+from consilience.measure import adversarial
 from consilience.measure.metrics import Standard
 from consilience.parts.compose import composed
 from consilience.parts.compressed import Compressed
@@ -152,6 +153,7 @@ def run(
     init: Weights | None = None,
     clock: Clock | None = None,
     attack: str | None = None,
+    robustness: str | None = None,
     privacy: Privacy = NONE,
     seed: int = 0,
     out: str | Path | None = None,
@@ -168,18 +170,23 @@ def run(
     (None: all); those used least lately go to files, in ``out`` or among temporary files. fleet: of simulated
     devices: a name, a csv file, a function, or a Device for each client. clock: how long jobs take in virtual time,
     instead of a fleet. attack: what hostile clients do, as ``--attack`` takes it; they are not
-    judged. privacy: what is to be private. address: of the Ray cluster, with executor "ray". out: a folder to write;
+    judged. robustness: how far inputs may be changed on which the last global model is judged, as ``--robustness``
+    takes it. privacy: what is to be private. address: of the Ray cluster, with executor "ray". out: a folder to write;
     resume: go on from the folder's newest checkpoint. config: what config.yaml shall say. on_line: called with each
     line of history. The rest as in the command line.
 
     Raises ConfigError, DataError or NeedsError before any work, ClientError if a client's own code fails.
     """
     method, harm = composed(privacy.method(method)), parse_attack(attack)
+    nearby = adversarial.parse(robustness)
     worker = prepare(
         method, federation, model=model, models=models, feature_dim=feature_dim, topology=topology, mixing=mixing,
         init=init, seed=seed, fleet=fleet, fleet_correlation=fleet_correlation, attack=attack,
     )  # fmt: skip
     _check_counts(rounds, participation, eval_every, eval_clients_every)
+    final = {} if nearby is None else {"robustness": partial(adversarial.at_end, worker, nearby)}
+    if final:
+        adversarial.check(worker)
     when = {
         "fleet": fleet, "fleet_correlation": fleet_correlation, "availability": availability, "drops": drops,
         "schedule": schedule, "concurrency": concurrency, "over_selection": over_selection, "late": late,
@@ -224,7 +231,7 @@ def run(
             recorder=keeper,
             stages=stages(worker, adversary),
             release=release(folder=path),
-            evaluation=Evaluation(eval_every, eval_clients_every, eval_clients, worker.place.chunk),
+            evaluation=Evaluation(eval_every, eval_clients_every, eval_clients, worker.place.chunk, final),
             checkpoint_every=checkpoint_every,
             elapsed=spent,
             gossip=isinstance(rule, Gossip),

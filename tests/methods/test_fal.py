@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,8 @@ from helpers import NORMED, federation, site, worker
 import consilience
 from consilience.core.errors import ConfigError
 from consilience.core.federation import Split
-from consilience.measure.adversarial import robustness, share_of_square, square_inputs
+from consilience.measure import adversarial
+from consilience.measure.adversarial import Nearby, parse, robustness, share_of_square, square_inputs
 from consilience.methods import FAL, FedAvg
 from consilience.parts.adversarial import Bounds, parse_bounds, worst
 
@@ -142,3 +145,73 @@ def test_robustness_needs_images_and_a_global_model() -> None:
         robustness(consilience.run(FedAvg(), fed, rounds=1, **DIGITS), -1.0)
     some = Split(fed.test.x[:5], fed.test.y[:5])
     assert robustness(consilience.run(FedAvg(), fed, rounds=1, **DIGITS), 0.1, rows=some, queries=5).rows == 5
+
+
+# --- --robustness ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def few() -> consilience.Federation:
+    """Digits with 12 rows to be judged on."""
+    raw = consilience.data.load("digits")
+    return consilience.data.from_arrays(raw.x[:200], raw.y[:200], test=(raw.x[200:212], raw.y[200:212]), clients=2)
+
+
+def test_a_run_ends_with_it_whatever_ran_it(few: consilience.Federation, tmp_path: Path) -> None:
+    usual: dict[str, Any] = {"model": "mlp:32", "rounds": 3, "seed": 5, "eval_clients_every": 0}
+    usual |= {"robustness": "0.05", "checkpoint_every": 1}
+    method = FedAvg(lr=0.2, batch_size=16, local_epochs=5)
+    whole = consilience.run(method, few, executor="serial", **usual)
+    found = whole.history[-1]["robustness"]
+    assert found == {"eps": 0.05, **asdict(robustness(whole, 0.05, seed=5))}
+    assert found["rows"] == 12
+    assert 0 < found["both"] < found["clean"]
+    assert all("robustness" not in line for line in whole.history[:-1])
+    other = consilience.run(method, few, executor="processes", workers=2, **usual)
+    assert other.digest == whole.digest
+
+    def stop(line: dict[str, Any]) -> None:
+        if line["round"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        consilience.run(method, few, executor="serial", out=tmp_path / "run", on_line=stop, **usual)
+    again = consilience.run(method, few, executor="serial", out=tmp_path / "run", resume=True, **usual)
+    assert again.digest == whole.digest
+    without = consilience.run(method, few, executor="serial", **{**usual, "robustness": None})
+    assert without.digest.splitlines()[:2] == whole.digest.splitlines()[:2]
+
+
+def test_of_many_rows_some_are_drawn(few: consilience.Federation, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adversarial, "MOST", 5)
+    line = consilience.run(FedAvg(), few, rounds=1, robustness="0.1:none", **DIGITS).history[-1]
+    assert line["robustness"]["rows"] == 5
+    assert 5 * line["robustness"]["clean"] == pytest.approx(round(5 * line["robustness"]["clean"]))
+
+
+def test_what_may_be_asked() -> None:
+    assert parse(None) is None
+    assert parse("0.1") == Nearby(0.1, "0:1")
+    assert parse("3:none") == Nearby(3.0, "none")
+    assert parse("1.5:-1:1") == Nearby(1.5, "-1:1")
+    for bad in ("0", "x", "-1", "nan", "inf:none", "2", "0.1:1:0", "0.1:x", ""):
+        with pytest.raises(ConfigError, match="EPS"):
+            parse(bad)
+
+
+def test_what_cannot_be_judged_is_refused_before_the_run(few: consilience.Federation, tmp_path: Path) -> None:
+    def refused(words: str, method: Any, fed: consilience.Federation, **options: Any) -> None:
+        with pytest.raises(ConfigError, match=words):
+            consilience.run(method, fed, rounds=1, robustness="0.1", out=tmp_path / "none", **{**DIGITS, **options})
+
+    refused("local with these options has none", consilience.methods.Local(), few)
+    refused("this task is a regression", FedAvg(), consilience.make_federation("quadratic", clients=2))
+    refused("on images", FedAvg(), federation(), model="logistic")
+    few.test = None
+    refused("global test set", FedAvg(), few)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_model_that_is_there_at_the_end_alone_is_judged(few: consilience.Federation) -> None:
+    found = consilience.run(consilience.methods.get("finalmerge")(), few, rounds=2, robustness="0.1", **DIGITS)
+    assert found.history[-1]["robustness"]["rows"] == 12

@@ -6,6 +6,7 @@ import io
 import json
 import re
 from pathlib import Path
+from statistics import fmean, stdev
 
 import pytest
 from rich.console import Console
@@ -13,7 +14,8 @@ from rich.console import Console
 from consilience.cli import main
 from consilience.report.facts import gather
 from consilience.report.html import render
-from consilience.report.load import RunFolder
+from consilience.report.load import RunFolder, read_runs
+from consilience.report.tables import write_tables
 from consilience.report.terminal import run_summary, show_comparison
 from consilience.report.trust import conditions
 
@@ -80,3 +82,55 @@ def test_without_any_of_it_there_is_no_such_section(tmp_path: Path) -> None:
     assert '<section id="trust"' not in render(gather(folder))
     assert "Conditions" not in shown(run_summary(RunFolder.read(folder)))
     assert conditions([RunFolder.read(folder)]) == []
+
+
+def test_changed_inputs_are_told_wherever_results_are(tmp_path: Path) -> None:
+    words = ["compare", "fedavg", "fedavg:lr=0.3", "--robustness", "0.02", "--seeds", "2", "--lr", "0.1"]
+    folder = made(tmp_path / "h", *words)
+    rows = json.loads((folder / "leaderboard.json").read_text())
+    runs = {(run.label, run.seed): run.history[-1]["robustness"] for run in read_runs(folder)}
+    assert len(runs) == 4
+    for row in rows:
+        own = [runs[row["method"], seed] for seed in (0, 1)]
+        assert row["robustness"]["both"] == pytest.approx(fmean(of["both"] for of in own))
+        assert row["robustness"]["std"] == pytest.approx(stdev(of["both"] for of in own))
+        assert (row["robustness"]["eps"], row["robustness"]["seeds"]) == (0.02, 2)
+    assert len({row["robustness"]["both"] for row in rows} | {0.0}) == 3
+    best, other = sorted(rows, key=lambda row: -row["robustness"]["both"])
+    told = text(render(gather(folder)))
+    name, value = {"fedavg": "FedAvg", "fedavg:lr=0.3": "FedAvg lr=0.3"}, best["robustness"]
+    ends = [f"{name[row['method']]} {100 * row['robustness']['both']:.1f}" for row in (best, other)]
+    assert f"Inputs moved by at most 0.02 leave {ends[0]} % of test rows right, {ends[1]} %." in told.replace(
+        "\xa0", " "
+    )
+    cells = [f"{100 * value[key]:.1f}" for key in ("clean", "pgd", "square", "both", "std")]
+    assert f"{' '.join(cells)} {100 * (value['clean'] - value['both']):.1f}" in told
+    console = Console(file=io.StringIO(), width=100)
+    show_comparison(console, rows, folder)
+    assert isinstance(console.file, io.StringIO)
+    shown_rows = " ".join(console.file.getvalue().split())
+    assert f"{best['method']} {' '.join(cells)} 2" in shown_rows
+    written = {path.name: path for path in write_tables(folder, "csv")}
+    lines = written["robustness.csv"].read_text().splitlines()
+    assert lines[0] == "method,seed,eps,rows,clean,pgd,square,both"
+    assert len(lines) == 5
+    assert "robustness" not in written["leaderboard.csv"].read_text()
+    one = RunFolder.read(folder / "fedavg-seed0")
+    assert f"Inputs moved by 0.02, both {100 * runs['fedavg', 0]['both']:.1f} %" in " ".join(
+        shown(run_summary(one)).split()
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"), [(["local"], "global model"), (["fedavg", "--data", "synthetic"], "images")]
+)
+def test_what_cannot_be_judged_so_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], reason: str
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["run", *words, *OPTIONS, "--robustness", "0.1", "--out", str(tmp_path / "n")])
+    assert end.value.code == 2
+    told = capsys.readouterr().err
+    assert reason in told
+    assert told.count("\n") == 1
+    assert not (tmp_path / "n").exists()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -49,13 +49,15 @@ class Evaluation:
     """When what is evaluated.
 
     every, clients_every: in rounds (the last round always; 0 for clients: only the last). clients: how many
-    clients are judged, None for all. chunk: rows in one chunk of the global test set.
+    clients are judged, None for all. chunk: rows in one chunk of the global test set. final: by key of the last line,
+    what else is measured of the last global model.
     """
 
     every: int = 1
     clients_every: int = 10
     clients: int | None = None
     chunk: int = 500
+    final: Mapping[str, Callable[[Predictor], Any]] = field(default_factory=dict)
 
 
 @dataclass
@@ -71,6 +73,8 @@ class Line:
     full: bool
     last: bool
     spent: Mapping[int, Totals]
+    final: Predictor | None
+    """The global model, where this is the last line."""
 
 
 class Judge:
@@ -134,7 +138,8 @@ class Judge:
             asked = job(client)
             judged.append((asked, self._judged(asked, message, last, new)))
         paid = {asked.client: spent.get(asked.client, Totals()) for asked, _ in judged}
-        return Line(record, chunks, triggered, nodes, judged, pairs if full else {}, full, last, paid)
+        end = predictor if last else None
+        return Line(record, chunks, triggered, nodes, judged, pairs if full else {}, full, last, paid, end)
 
     def _judged(self, job: Job, message: Callable[[int], Tree], last: bool, new: Predictor | None) -> int | None:
         """Queue the judgement of a client; None where there is nothing to judge, or no test rows to judge it by."""
@@ -158,6 +163,8 @@ class Judge:
         if line.triggered and wrong is not None:
             scores = torch.cat([part.scores for part in self.executor.finish(line.triggered)])
             record["attack"] = {"success": float((scores.argmax(1) == wrong.y).double().mean())}
+        if line.final is not None:
+            record.update({key: measure(line.final) for key, measure in self.evaluation.final.items()})
         done = iter(self.executor.finish([ticket for _, ticket in line.judged if ticket is not None]))
         nothing = Score(0, 0.0, None), None, None
         found = [nothing if ticket is None else next(done) or nothing for _, ticket in line.judged]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,16 @@ from torch import Tensor
 
 from consilience.core.errors import ConfigError
 from consilience.core.federation import Split
+from consilience.core.predict import Predictor
+from consilience.core.site import Host
 from consilience.core.streams import philox
+from consilience.core.worker import Worker
 from consilience.parts.adversarial import Bounds, parse_bounds, worst
 
 Scores = Callable[[Tensor], Tensor]
+STEPS, RESTARTS, QUERIES = 20, 5, 1000
+MOST = 1000
+"""So many rows of a global test set are attacked at the end of a run."""
 
 
 @dataclass(frozen=True)
@@ -30,15 +36,65 @@ class Robustness:
     both: float
 
 
+@dataclass(frozen=True)
+class Nearby:
+    """How far each number of an input may be changed, and the range that it has to stay in (``none`` or LOW:HIGH)."""
+
+    eps: float
+    bounds: str = "0:1"
+
+
+def parse(text: str | None) -> Nearby | None:
+    """EPS, EPS:LOW:HIGH or EPS:none, as ``--robustness`` takes it. Raises ConfigError."""
+    if text is None:
+        return None
+    head, _, bounds = text.partition(":")
+    try:
+        eps, box = float(head), parse_bounds(bounds or "0:1")
+    except (ValueError, ConfigError):
+        eps, box = math.nan, Bounds()
+    if not 0 < eps < math.inf or eps > box.high - box.low:
+        raise ConfigError(
+            f"--robustness {text}: EPS[:LOW:HIGH], how far each number of an input may be changed (above 0) and the "
+            "range that it stays in (0:1; none: any), which is at least as wide"
+        )
+    return Nearby(eps, bounds or "0:1")
+
+
+def check(worker: Worker) -> None:
+    """Raise ConfigError where the model that a run ends with cannot be judged by its worst inputs."""
+    federation, method = worker.federation, worker.method
+    if federation.task.kind != "classification":
+        raise ConfigError("--robustness is of models that classify, and this task is a regression")
+    if federation.test is None or not len(federation.test):
+        raise ConfigError("--robustness judges on the global test set, which this federation does not have")
+    _check_images(federation.test.x)
+    ends = any(phase.when == "end" for phase in worker.program)  # at which there may be a model that is not yet
+    if not ends and method.global_model(method.init_server(worker.host(0, "init"))) is None:
+        raise ConfigError(f"--robustness judges the global model, and {method.name} with these options has none")
+
+
+def at_end(worker: Worker, nearby: Nearby, predictor: Predictor) -> dict[str, Any]:
+    """What a run's last line says of its global model: :class:`Robustness` on the global test set (``MOST`` rows of a
+    larger one, drawn from the seed), with ``eps``."""
+    test, seed = worker.federation.test, worker.place.seed
+    assert test is not None
+    drawn = philox(seed, "robustness").choice(len(test), min(MOST, len(test)), replace=False)
+    data = test.rows(torch.from_numpy(np.sort(drawn)))
+    host = worker.host(0, "evaluate")
+    box = parse_bounds(nearby.bounds)
+    return {"eps": nearby.eps, **asdict(_withstood(host, predictor, host.cast(data), nearby.eps, box, seed))}
+
+
 def robustness(
     result: Any,
     eps: float,
     *,
     rows: Split | None = None,
     bounds: str = "0:1",
-    steps: int = 20,
-    restarts: int = 5,
-    queries: int = 1000,
+    steps: int = STEPS,
+    restarts: int = RESTARTS,
+    queries: int = QUERIES,
     seed: int = 0,
 ) -> Robustness:
     """The global model of a run (a ``Result``) on rows (the global test set) whose numbers may each be changed by eps.
@@ -58,10 +114,23 @@ def robustness(
         )
     host = worker.host(0, "evaluate")
     data = host.cast(data)
-    if data.x.ndim != 4:
+    _check_images(data.x)
+    return _withstood(host, predictor, data, eps, box, seed, steps, restarts, queries)
+
+
+def _check_images(x: Tensor) -> None:
+    if x.ndim != 4:
         raise ConfigError(
-            f"Square attacks images (channels, height, width); inputs here are of shape {tuple(data.x.shape[1:])}"
+            "robustness: Square, one of the attacks, is on images (channels, height, width); inputs here are of shape "
+            f"{tuple(x.shape[1:])}"
         )
+
+
+def _withstood(
+    host: Host, predictor: Predictor, data: Split, eps: float, box: Bounds, seed: int, steps: int = STEPS,
+    restarts: int = RESTARTS, queries: int = QUERIES,
+) -> Robustness:  # fmt: skip
+    """Both attacks on a predictor."""
     with host.lent(predictor) as scores:
         clean = _right(scores, data.x, data.y)
         pgd, square = clean.clone(), clean.clone()

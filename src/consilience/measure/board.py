@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from consilience.measure.best import best_scores
@@ -13,6 +13,8 @@ from consilience.measure.statistics import Recorded, final_scores, last_clients,
 from consilience.measure.target import COSTS, Cost, cost_of, reach
 
 LOCAL = "local"
+WITHSTOOD = ("clean", "pgd", "square", "both")
+"""Shares of rows that a global model gets right: as they are, under each attack on inputs, and under both."""
 
 
 def board(
@@ -31,6 +33,7 @@ def board(
         row |= _best(own, scores.metric, scores.lower)
         row["gain"] = None if row["method"] == LOCAL or not alone else gain(own, alone, lower=scores.lower)
         row["groups"] = group_means(own) or None
+        row["robustness"] = withstood(own)
         row["reference"] = reference
         row |= _difference(held.get(row["method"]))
         row |= _target(own, scores.metric, target, scores.lower)
@@ -78,6 +81,17 @@ def gain(runs: Sequence[Recorded], alone: Sequence[Recorded], *, lower: bool = F
     if not values:
         return None
     return {"mean": fmean(values), "worst": min(values), "lose": sum(v < 0 for v in values), "of": len(values)}
+
+
+def withstood(runs: Sequence[Recorded]) -> dict[str, Any] | None:
+    """How the last global models do on inputs that were changed by ``eps``: means over seeds of ``WITHSTOOD``, the
+    standard deviation of ``both`` (None for one seed), and how many ``seeds`` were judged so; None: not one."""
+    found = [run.history[-1]["robustness"] for run in runs if run.history[-1].get("robustness")]
+    if not found:
+        return None
+    both = [of["both"] for of in found]
+    means = {key: fmean(of[key] for of in found) for key in WITHSTOOD}
+    return {"eps": found[0]["eps"], **means, "std": stdev(both) if len(both) > 1 else None, "seeds": len(found)}
 
 
 def group_tables(run: Recorded) -> dict[str, dict[int, Any]]:

@@ -84,6 +84,7 @@ def tables(folder: Path) -> dict[str, list[Row]]:
             "differences": lambda rows=rows: _differences(rows),  # type: ignore[misc]
             "target": lambda rows=rows: _targets(rows),  # type: ignore[misc]
             "fairness": lambda rows=rows: _fairness(rows),  # type: ignore[misc]
+            "robustness": lambda runs=runs: _robustness(runs),  # type: ignore[misc]
             "history": lambda runs=runs: _history(runs),  # type: ignore[misc]
             "clients": lambda runs=runs: _clients(runs),  # type: ignore[misc]
         }
@@ -120,7 +121,7 @@ def flat(row: Mapping[str, Any], prefix: str = "") -> Row:
 
 
 def _board_row(row: Mapping[str, Any]) -> Row:
-    apart = (*DIFFERENCE, *TARGET, "groups", "gain", "best_rounds")
+    apart = (*DIFFERENCE, *TARGET, "groups", "robustness", "gain", "best_rounds")
     left = {key: value for key, value in row.items() if key not in apart}
     rounds = row["best_rounds"]
     left["best_round_ci"] = (min(rounds), max(rounds)) if rounds else None  # flat() makes _low and _high of it
@@ -146,6 +147,13 @@ def _fairness(rows: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
     for row in rows:
         for attribute, of in (row["groups"] or {}).items():
             yield {"method": row["method"], "attribute": attribute, **of}
+
+
+def _robustness(runs: Sequence[RunFolder]) -> Iterator[Row]:
+    """A row for every run whose last global model was judged on inputs that were changed."""
+    for run in runs:
+        if of := run.history[-1].get("robustness"):
+            yield {"method": run.label, "seed": run.seed, **of}
 
 
 def _history(runs: Sequence[RunFolder]) -> Iterator[Row]:

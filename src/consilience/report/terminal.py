@@ -96,6 +96,8 @@ def show_comparison(console: Console, rows: Sequence[Mapping[str, Any]], folder:
         console.print(difference_table(rows))
     if facts.compare.get("target") is not None:
         console.print(target_table(rows))
+    if any(row["robustness"] for row in rows):
+        console.print(robustness_table(rows))
     for sentence in [*said, losers(facts), finding(facts) if guarded(facts) else ""]:
         if sentence:
             console.print(_wrapped(sentence), markup=False, highlight=False)
@@ -152,6 +154,20 @@ def target_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def robustness_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Shares of test rows that last global models get right as they are, and when each input is changed to mislead."""
+    scale, known = Scale(lower=False), [(row, row["robustness"]) for row in rows if row["robustness"]]
+    table = _grid(f"Test rows right where inputs move by {known[0][1]['eps']:g} at most, %, mean over seeds")
+    _method_column(table, [row for row, _ in known])
+    for head in ("As they are", "PGD", "Square", "Both", "SD", "Seeds"):
+        table.add_column(_in_two(head), justify="right", no_wrap=True)
+    for row, of in sorted(known, key=lambda pair: -pair[1]["both"]):
+        cells = [scale.number(of[key]) for key in ("clean", "pgd", "square", "both")]
+        spread = NONE if of["std"] is None else scale.number(of["std"])
+        table.add_row(str(row["method"]), *cells, spread, str(of["seeds"]))
+    return table
+
+
 CLUSTERS = 8
 """So many clusters of a run are told."""
 
@@ -193,6 +209,9 @@ def run_summary(run: RunFolder) -> Table:
         index = last_of(run, "clusters", key)
         if index is not None:
             table.add_row(title, f"adjusted Rand {index:.3f}")
+    if hard := last.get("robustness"):
+        for title, key in (("PGD", "pgd"), ("Square", "square"), ("both", "both")):
+            table.add_row(f"Inputs moved by {hard['eps']:g}, {title}", accuracy.text(hard[key]))
     for number, of in list(clusters_of(run).items())[:CLUSTERS]:
         table.add_row(f"Cluster {number}", f"{plural(of['clients'], 'client')}, {accuracy.text(of['mean'])}")
     for name in run.federation.get("sensitive") or ():

@@ -1,4 +1,5 @@
-"""Whom one has to trust: hostile clients that a run was tried with, updates that it refused, and its privacy."""
+"""Whom one has to trust: hostile clients and hostile inputs that a run was tried with, updates that it refused, and
+its privacy."""
 
 from __future__ import annotations
 
@@ -6,7 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 from html import escape
 from statistics import fmean
+from typing import Any
 
+from consilience.measure.board import withstood
 from consilience.measure.statistics import last_of
 from consilience.report.facts import Entry, Facts, trained
 from consilience.report.load import RunFolder
@@ -54,7 +57,13 @@ def _private(runs: Sequence[RunFolder]) -> str:
 
 def guarded(facts: Facts) -> bool:
     """Whether there is anything to say of trust."""
-    return bool(conditions(facts.runs)) or any(run.refused for run in facts.runs)
+    return bool(conditions(facts.runs)) or any(run.refused for run in facts.runs) or bool(_withstood(facts))
+
+
+def _withstood(facts: Facts) -> list[tuple[Entry, dict[str, Any]]]:
+    """Methods whose global models were judged on inputs that were changed, those that withstand most first."""
+    found = [(entry, of) for entry in facts.entries if (of := withstood(entry.runs)) is not None]
+    return sorted(found, key=lambda pair: -pair[1]["both"])
 
 
 def trust_section(facts: Facts, number: int) -> str:
@@ -70,7 +79,35 @@ def trust_section(facts: Facts, number: int) -> str:
         rows.append((named(entry), cells))
     inner = table("What every method refused and spent.", "Attack and privacy", columns, rows) if rows[0][1] else ""
     inner += _reasons(facts.entries) if refused else ""
+    inner += _inputs(facts)
     return section("trust", number, "Attack and privacy", finding(facts), inner + note(" ".join(_notes(facts))))
+
+
+INPUTS = (
+    Column("Method"),
+    Column("As they are", "%"),
+    Column("PGD", "%"),
+    Column("Square", "%"),
+    Column("Both", "%"),
+    Column("SD", "points, of seeds", True),
+    Column("Lost", "points, to both", True),
+)
+
+
+def _inputs(facts: Facts) -> str:
+    """How global models do on inputs that were changed; nothing where that was not asked."""
+    known = _withstood(facts)
+    if not known:
+        return ""
+    most, rows = max(of["both"] for _, of in known), []
+    for entry, of in known:
+        best = "best" if len(known) > 1 and of["both"] == most else ""
+        cells = [Cell(facts.scale.number(of[key]), of[key]) for key in ("clean", "pgd", "square")]
+        cells.append(Cell(facts.scale.number(of["both"]), of["both"], best))
+        lost = of["clean"] - of["both"]
+        spread = Cell(NONE, "") if of["std"] is None else Cell(facts.scale.number(of["std"]), of["std"])
+        rows.append((named(entry), [*cells, spread, Cell(facts.scale.number(lost), lost)]))
+    return table("Test rows that are right when inputs are changed.", "Changed inputs", INPUTS, rows)
 
 
 def _cell(value: float | None) -> Cell:
@@ -86,6 +123,12 @@ def finding(facts: Facts) -> str:
         said.append(f"what the models tell of any one client is bounded by {words}")
     if _secret(facts.runs):
         said.append("the server saw sums of updates alone")
+    if known := _withstood(facts):
+        (best, of), (last, least) = known[0], known[-1]
+        lead = (
+            f"inputs moved by at most {of['eps']:g} leave {best.name} {facts.scale.text(of['both'])} of test rows right"
+        )
+        said.append(lead + (f", {last.name} {facts.scale.text(least['both'])}" if best is not last else ""))
     if not said:
         said.append("Some updates were not what they should be, and were left out")
     text = "; ".join(said)
@@ -103,6 +146,13 @@ def _notes(facts: Facts) -> list[str]:
             "Differential privacy of clients, in simulation: ε is what whoever gets all models of a run may learn of "
             "one client&rsquo;s taking part; methods without a value are not private. Noise is in multiples of the "
             "clip, to which every update is shortened."
+        )
+    if _withstood(facts):
+        found.append(
+            "Changed inputs: the share of test rows that the last global model gets right when each may be changed, "
+            "every number of it by what is said above, to mislead it: by PGD, which sees the model (20 steps, 5 "
+            "restarts), by Square, which only asks it (1,000 questions), and by the better of both; mean over seeds. "
+            "Rows that are wrong as they are count as wrong."
         )
     return found
 
