@@ -95,6 +95,10 @@ def test_a_site_that_is_lost(at: str, deployed: Make) -> None:
 
     folder = run.run(Direct(run.sites, lose))
     (line,) = read_lines(folder.path / "history.jsonl")
+    refused = read_lines(folder.path / "refused.jsonl")
+    assert [(found["client"], found["reason"]) for found in refused] == (
+        [(1, f"did not go on with the secret sum ({at})")] if at != "unmask" else []
+    )
     assert any("is not connected any more" in said for said in run.said)
     shutil.rmtree(run.app / "server" / "run")
     (run.app / "server" / "registered.json").unlink()
@@ -147,6 +151,51 @@ def test_an_answer_that_is_no_use_costs_its_site(step: str, how: str, deployed: 
     folder = run.run(Direct(run.sites, spoil))
     assert len(read_lines(folder.path / "history.jsonl")) == 1
     assert any("site2" in said and "malformed" in said for said in run.said)
+
+
+def test_shares_that_do_not_fit_stop_the_run(deployed: Make) -> None:
+    """In a clear line: without them the masks of a site cannot be taken out."""
+    from consilience.core.encode import encode
+    from consilience.deploy.keys import read_private
+    from consilience.deploy.seal import seal
+
+    run = deployed("fedavg", rounds="1", eval_clients_every="0", **MASKED)
+    asked: list[str] = []
+
+    def lie(node: int, message: Sealed, down: bool) -> Sealed:
+        if node == 100 and down:
+            asked.append(steps(message))
+        if node != 100 or down or asked[-1] != "unmask":
+            return message
+        head, said = json.loads(message.head), decode(message.blobs[0])
+        said["seeds"]["3"] = f"{int(said['seeds']['3'], 16) ^ 2**500:x}"
+        return seal(
+            read_private(run.sites[0] / "site.key"), {k: v for k, v in head.items() if k != "blobs"}, [encode(said)]
+        )
+
+    with pytest.raises(ConsilienceError, match="round 1: a secret sum cannot be unmasked"):
+        run.run(Direct(run.sites, lie))
+
+
+def test_a_lost_sites_state_is_not_committed(deployed: Make) -> None:
+    """Its control variate goes back with its update: the run is the one in which it did not answer."""
+
+    def lost_at(step: str) -> Callable[[int, Sealed, bool], Sealed | Trouble]:
+        def lose(node: int, message: Sealed, down: bool) -> Sealed | Trouble:
+            gone = down and node == 101 and steps(message) == step and json.loads(message.head)["round"] == 2
+            return Trouble("x", False) if gone else message
+
+        return lose
+
+    run = deployed("scaffold:weights=uniform", rounds="3", eval_clients_every="0", **MASKED)
+    first = run.run(Direct(run.sites, lost_at("masked"))).path
+    clients = digest(first).split("\n")[1]
+    shutil.rmtree(first)
+    (run.app / "server" / "registered.json").unlink()
+    for site in run.sites:
+        shutil.rmtree(site / "runs")
+    other = run.run(Direct(run.sites, lost_at("train"))).path
+    assert digest(other).split("\n")[1] == clients
 
 
 def test_a_server_that_dies_in_a_sum(deployed: Make) -> None:

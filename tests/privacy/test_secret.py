@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
+from pathlib import Path
 from typing import Any
 
 import helpers
@@ -104,7 +106,7 @@ def test_fixed_point() -> None:
     both = (encode(values, 4) + encode(-2 * values, 4)) & np.uint64(2**BITS - 1)
     assert np.array_equal(decode(both), -values)
     for wrong in (np.inf, np.nan, 2.0**22):
-        with pytest.raises(ConsilienceError, match="or larger"):
+        with pytest.raises(ConsilienceError, match="it has no secret sum"):
             encode(np.array([wrong]), 4)
 
 
@@ -133,6 +135,21 @@ def test_lost_clients_are_made_up_for_and_bytes_are_counted() -> None:
     whole = result("fedavg", rounds=1)
     numbers = 5 * 8 + 8 + 8 * 3 + 3
     assert whole.history[-1]["bytes_up"] == 5 * (6 * numbers + 2 * 32 + 5 * 148 + 5 * 66)
+
+
+def test_a_number_that_is_too_large_costs_its_client(tmp_path: Path) -> None:
+    """Not the round, and not its state: it is as if it had not answered."""
+    found = run(
+        make("scaffold", {"local_steps": 2, "weights": "uniform"}), helpers.federation(), model="mlp:8", rounds=2,
+        executor="serial", eval_clients_every=0, privacy=Privacy(secure=0.6), attack="gaussian:0.2:1e9",
+        out=tmp_path / "run",
+    )  # fmt: skip
+    lines = [json.loads(line) for line in (tmp_path / "run" / "refused.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines] == [1, 2]
+    assert len({line["client"] for line in lines}) == 1
+    assert "it has no secret sum" in lines[0]["reason"]
+    assert all(torch.isfinite(leaf).all() for leaf in tr.tensors(found.server))
+    assert lines[0]["client"] not in found.snapshot.states
 
 
 def test_what_cannot_be_summed_is_refused() -> None:

@@ -46,15 +46,20 @@ class AtSites:
         size: int,
         share: float,
         version: int,
-    ) -> tuple[np.ndarray, frozenset[int]]:
+    ) -> tuple[np.ndarray, dict[int, str]]:
         """The protocol, in four messages to each site. Raises ConsilienceError where too few are left."""
-        ids, least = numbered(asked), threshold(share, len(asked))
+        ids = numbered(asked)
         held = {ids[reply.job.client]: reply for reply in replies}
         recipe = {i: recipes[reply.job.client] for i, reply in held.items()}
+        lost: dict[int, str] = {}
 
         def step(name: str, args: Mapping[int, Tree], read: Callable[[Any], Any]) -> dict[int, Any]:
             enough(len(args), len(asked), share, version)
-            return self._ask(name, version + 1, {i: (held[i].job.client, a) for i, a in args.items()}, read)
+            clients = {i: (held[i].job.client, tree) for i, tree in args.items()}
+            found = self._ask(name, version + 1, clients, read)
+            left_out = set() if name == "unmask" else args.keys() - found.keys()
+            lost.update((held[i].job.client, f"did not go on with the secret sum ({name})") for i in left_out)
+            return found
 
         keys = step("keys", {i: {"asked": sorted(asked)} for i in held}, _keys)
         peers = {str(i): [k.seal.hex(), k.mask.hex()] for i, k in keys.items()}
@@ -66,10 +71,10 @@ class AtSites:
         answers = step("unmask", {i: {"there": sorted(masked)} for i in masked}, read)
         enough(len(answers), len(asked), share, version)
         try:
-            sums = total(masked, answers, {i: keys[i] for i in boxes}, least, BITS)
+            sums = total(masked, answers, {i: keys[i] for i in boxes}, threshold(share, len(asked)), BITS)
         except ValueError as error:
             raise ConsilienceError(f"round {version + 1}: a secret sum cannot be unmasked: {error}") from None
-        return sums, frozenset(held[i].job.client for i in masked)
+        return sums, lost
 
     def _ask(
         self, step: str, round: int, args: Mapping[int, tuple[int, Tree]], read: Callable[[Any], Any]

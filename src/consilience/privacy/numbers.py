@@ -53,7 +53,7 @@ def encode(vector: np.ndarray, clients: int) -> np.ndarray:
     """Fixed-point numbers modulo 2^BITS. Raises ConsilienceError where the sum of so many could overflow."""
     most = 2.0 ** (BITS - 1 - FRACTION) / clients
     if not np.all(np.abs(vector) < most - 1):
-        raise ConsilienceError(f"secure aggregation: a number in an update is {most:.4g} or larger, or not finite")
+        raise ConsilienceError(f"has a number of {most:.4g} or more, or not finite: it has no secret sum")
     return np.asarray(np.rint(vector * 2.0**FRACTION).astype("<i8").astype("<u8") & np.uint64(2**BITS - 1))
 
 
@@ -99,17 +99,18 @@ class Parties(Protocol):
         size: int,
         share: float,
         version: int,
-    ) -> tuple[np.ndarray, frozenset[int]]:
-        """The sum modulo 2^BITS of the encoded numbers of the updates of these replies, and whose are in it. asked:
-        everybody who was asked in this round, of whom ``share`` must be left. size: numbers of each. Raises
-        ConsilienceError."""
+    ) -> tuple[np.ndarray, dict[int, str]]:
+        """The sum modulo 2^BITS of the encoded numbers of the updates of these replies, and whose are not in it, with
+        reasons. asked: everybody who was asked in this round, of whom ``share`` must be left. size: numbers of each.
+        Raises ConsilienceError."""
         ...
 
 
 @dataclass(frozen=True)
 class Simulated:
     """All parties in this process. Everybody who was asked exchanges keys and shares; who has not replied is lost after
-    that. Keys come from the seed, for the same bits: it hides nothing from who has the seed."""
+    that, and so is who cannot encode its update. Keys come from the seed, for the same bits: it hides nothing from who
+    has the seed."""
 
     seed: int
 
@@ -122,20 +123,22 @@ class Simulated:
         size: int,
         share: float,
         version: int,
-    ) -> tuple[np.ndarray, frozenset[int]]:
+    ) -> tuple[np.ndarray, dict[int, str]]:
         """The whole protocol."""
-        enough(len(replies), len(asked), share, version)
         ids, least = numbered(asked), threshold(share, len(asked))
         clients = {i: Client(i, least, self._random(version, i)) for i in ids.values()}
         keys = {i: client.keys() for i, client in clients.items()}
         sealed = {i: client.shares(keys) for i, client in clients.items()}
-        masked = {}
-        for reply in replies:
-            i = ids[reply.job.client]
-            whole = encode(numbers(reply.update, recipes[reply.job.client]), len(ids))
-            masked[i] = clients[i].masked(whole, {j: boxes[i] for j, boxes in sealed.items()}, BITS)
+        masked, lost = {}, {}
+        for client, reply in ((reply.job.client, reply) for reply in replies):
+            try:
+                whole, i = encode(numbers(reply.update, recipes[client]), len(ids)), ids[client]
+                masked[i] = clients[i].masked(whole, {j: boxes[i] for j, boxes in sealed.items()}, BITS)
+            except ConsilienceError as error:
+                lost[client] = str(error)
+        enough(len(masked), len(asked), share, version)
         answers = {i: clients[i].unmask(list(masked)) for i in masked}
-        return total(masked, answers, keys, least, BITS), frozenset(reply.job.client for reply in replies)
+        return total(masked, answers, keys, least, BITS), lost
 
     def _random(self, version: int, client: int) -> Callable[[int], bytes]:
         """Bytes for one client in one round."""

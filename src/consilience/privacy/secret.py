@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from consilience.core import tree as tr
-from consilience.core.messages import Released, Reply
+from consilience.core.messages import Refusal, Released, Reply
 from consilience.core.method import Method
 from consilience.core.tree import Tree
 from consilience.privacy.numbers import HEAD, Parties, Recipe, decode
@@ -62,18 +62,20 @@ class Secret:
         n = len(asked)
         given = self._weights(replies[0], asked)
         recipes = {r.job.client: Recipe({f: w[r.job.client] * n for f, w in given.items()}) for r in replies}
-        sums, left = self.of(recipes, replies, asked, version)
-        weighed, one = self._weights(replies[0], sorted(left)), min(left)
+        sums, refused = self.of(recipes, replies, asked, version)
+        left = sorted({reply.job.client for reply in replies} - {refusal.client for refusal in refused})
+        weighed, one = self._weights(replies[0], left), left[0]
         update = self._update(sums, {f: weighed[f][one] / given[f][one] / n for f in given})
-        return Released(update, None, dict.fromkeys(sorted(asked), traffic(n, len(left))))
+        return Released(update, None, dict.fromkeys(sorted(asked), traffic(n, len(left))), refused)
 
     def of(
         self, recipes: Mapping[int, Recipe], replies: Sequence[Reply], asked: Sequence[int], version: int
-    ) -> tuple[np.ndarray, frozenset[int]]:
-        """The sum of these replies' numbers, and whose are in it. Raises ConsilienceError where too few are left."""
+    ) -> tuple[np.ndarray, tuple[Refusal, ...]]:
+        """The sum of these replies' numbers, and whose are not in it. Raises ConsilienceError where too few are
+        left."""
         size = sum(leaf.numel() for leaf in tr.tensors(self.template)) + any(r.clip != "" for r in recipes.values())
-        sums, left = self.parties.sum(recipes, replies, asked, size=size, share=self.share, version=version)
-        return decode(sums), left
+        sums, lost = self.parties.sum(recipes, replies, asked, size=size, share=self.share, version=version)
+        return decode(sums), tuple(Refusal(client, "update", why) for client, why in sorted(lost.items()))
 
     def _weights(self, reply: Reply, clients: Sequence[int]) -> dict[str, dict[int, float]]:
         """The weight of each client in each field, among these clients."""
