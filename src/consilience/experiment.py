@@ -129,9 +129,7 @@ def _privacy(config: Config) -> Any:
     """What is to be private."""
     from consilience.privacy.options import Privacy
 
-    return Privacy(
-        config.epsilon, config.delta, config.noise_multiplier, config.dp_clip, config.dp_mechanism, config.secure
-    )
+    return Privacy.of(config.model_dump())
 
 
 def _devices(config: Config) -> dict[str, Any]:

@@ -145,8 +145,8 @@ def test_a_site_that_lost_its_state(deployed: Make) -> None:
 
 def test_versions_must_fit(deployed: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     run = deployed()
-    monkeypatch.setattr("consilience.deploy.post.PROTOCOL", 3)
-    with pytest.raises(ConsilienceError, match="site site0 refuses: version mismatch: the server speaks protocol 3"):
+    monkeypatch.setattr("consilience.deploy.post.PROTOCOL", 99)
+    with pytest.raises(ConsilienceError, match="site site0 refuses: version mismatch: the server speaks protocol 99"):
         run.run()
 
 

@@ -40,10 +40,11 @@ def test_what_is_not_allowed_is_refused(rules: dict[str, Any], why: str, deploye
 
 
 def test_the_smallest_cohort() -> None:
-    config = {"participation": 1.0, "schedule": None}
+    config = {"participation": 1.0, "schedule": None, "secure": None}
     told = {"method": "fedavg", "options": {}, "sites": list("abcdef"), "config": config}
     assert policy.smallest(told) == 6
     assert policy.smallest({**told, "config": {**config, "participation": 2}}) == 2
+    assert policy.smallest({**told, "config": {**config, "secure": 0.6}}) == 4
     assert policy.smallest({**told, "config": {**config, "schedule": "buffered:3"}}) == 3
     assert policy.smallest({**told, "config": {**config, "schedule": "async"}}) == 1
     assert policy.smallest({**told, "method": "fedbuff", "options": {"buffer": 4}}) == 4

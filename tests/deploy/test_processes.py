@@ -176,6 +176,20 @@ def test_a_server_that_is_killed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_secret_sums_when_the_server_is_killed(tmp_path: Path) -> None:
+    """Each message is answered by a process of its own, from what the site has on disk."""
+    run = Run(tmp_path, "scaffold", secure="0.6")
+    run.start()
+    sessions = lambda: [p for site in run.sites for p in site.glob("runs/*/secret.json")]  # noqa: E731
+    run.until(lambda: any(json.loads(p.read_text())["round"] == 2 for p in sessions()))
+    os.kill(int((run.app / "server" / "server.pid").read_text()), signal.SIGKILL)
+    run.end()
+    run.same()
+    assert any("goes on after round 1" in line for line in told(run))
+    assert all("delta" not in line.get("fields", {}) for site in run.sites for line in ledger.read(site))
+
+
+@pytest.mark.slow
 def test_everything_is_killed_and_started_again(tmp_path: Path) -> None:
     """The server's whole machine and both sites die in the middle of a round; started again, nothing is lost."""
     run = Run(tmp_path, "scaffold")

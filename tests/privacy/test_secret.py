@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
+from pathlib import Path
 from typing import Any
 
 import helpers
@@ -19,9 +21,10 @@ from consilience.privacy.central import Central, State
 from consilience.privacy.clip import Clip, clipped
 from consilience.privacy.ledger import Ledger
 from consilience.privacy.mechanism import Fixed
+from consilience.privacy.numbers import BITS, Simulated, decode, encode, rounding, threshold
 from consilience.privacy.options import Privacy
 from consilience.privacy.protocol import Client, Unmask, stream, total
-from consilience.privacy.secret import BITS, Secret, decode, encode, rounding, threshold
+from consilience.privacy.secret import Secret
 from consilience.privacy.shamir import join, split
 from consilience.simulate import Result, run
 
@@ -103,7 +106,7 @@ def test_fixed_point() -> None:
     both = (encode(values, 4) + encode(-2 * values, 4)) & np.uint64(2**BITS - 1)
     assert np.array_equal(decode(both), -values)
     for wrong in (np.inf, np.nan, 2.0**22):
-        with pytest.raises(ConsilienceError, match="or larger"):
+        with pytest.raises(ConsilienceError, match="it has no secret sum"):
             encode(np.array([wrong]), 4)
 
 
@@ -134,6 +137,21 @@ def test_lost_clients_are_made_up_for_and_bytes_are_counted() -> None:
     assert whole.history[-1]["bytes_up"] == 5 * (6 * numbers + 2 * 32 + 5 * 148 + 5 * 66)
 
 
+def test_a_number_that_is_too_large_costs_its_client(tmp_path: Path) -> None:
+    """Not the round, and not its state: it is as if it had not answered."""
+    found = run(
+        make("scaffold", {"local_steps": 2, "weights": "uniform"}), helpers.federation(), model="mlp:8", rounds=2,
+        executor="serial", eval_clients_every=0, privacy=Privacy(secure=0.6), attack="gaussian:0.2:1e9",
+        out=tmp_path / "run",
+    )  # fmt: skip
+    lines = [json.loads(line) for line in (tmp_path / "run" / "refused.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines] == [1, 2]
+    assert len({line["client"] for line in lines}) == 1
+    assert "it has no secret sum" in lines[0]["reason"]
+    assert all(torch.isfinite(leaf).all() for leaf in tr.tensors(found.server))
+    assert lines[0]["client"] not in found.snapshot.states
+
+
 def test_what_cannot_be_summed_is_refused() -> None:
     for name, more, why in (
         ("fednova", {}, "not only their sum"), ("fedavg", {"schedule": "buffered:2"}, "--schedule rounds"),
@@ -144,7 +162,7 @@ def test_what_cannot_be_summed_is_refused() -> None:
     with pytest.raises(ConfigError, match="--secure"):
         Privacy(secure=0.5)
     with pytest.raises(ConsilienceError, match="are needed"):
-        Secret(make("fedavg", {}), 1.0, {}, 0, lambda client: 1).sum({1: np.zeros(1, dtype=np.uint64)}, [1, 2], 2, 0)
+        Simulated(0).sum({}, [], [1, 2], size=1, share=1.0, version=0)
 
 
 # --- with differential privacy ---------------------------------------------------------------------------------
@@ -183,7 +201,7 @@ def test_the_noise_of_a_secret_sum_is_added_once() -> None:
     """One round: what noise adds to the sum has standard deviation z C / m, whoever was lost."""
     method = make("fedavg", {"form": "delta", "weights": "uniform"})
     template = {"delta": {"p": torch.zeros(4000)}, "buffers": {}}
-    masked = Secret(method, 0.5, template, 0, lambda client: 1)
+    masked = Secret(method, 0.5, template, Simulated(0), lambda client: 1)
     made = {
         noise: Central(
             DeltaUpdate, Fixed(6, 4, 3), Clip("flat", 0.5), noise, 1e-5, {"delta": 0.25, "buffers": 0.25}, template,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from consilience.core.executor import Executor
-from consilience.core.messages import Job, Reply, Summed
+from consilience.core.messages import Job, Refusal, Reply, Summed
 from consilience.core.method import sums_suffice
 from consilience.core.outbox import size_of
 from consilience.core.setup import Setup
@@ -49,8 +49,7 @@ class Intake:
         """The replies that are combined; what stands for them; and the cohort that may be told of. phase: index in the
         program. asked: the clients asked for this version."""
         if self._setup.release is not None:
-            good = self._passed(replies, version, server)
-            return good, self._released(good, phase, version, asked), []
+            return *self._released(self._passed(replies, version, server), phase, version, asked), []
         cohort, summed = [reply.job.client for reply in replies], self._summed(replies)
         if summed is not None:
             return list(replies), [summed], cohort
@@ -75,18 +74,27 @@ class Intake:
         for stage in self._setup.stages:
             kept, refusals = stage(replies, server)
             replies = list(kept)
-            if refusals:
-                self._setup.recorder.refused(version + 1, refusals)
+            self._refused(refusals, version)
         return replies
 
-    def _released(self, replies: Sequence[Reply], phase: int, version: int, asked: Collection[int]) -> list[Reply]:
-        """One reply with what may be known of these, and nothing else of them."""
+    def _refused(self, refusals: Sequence[Refusal], version: int) -> None:
+        if refusals:
+            self._setup.recorder.refused(version + 1, refusals)
+
+    def _released(
+        self, replies: Sequence[Reply], phase: int, version: int, asked: Collection[int]
+    ) -> tuple[list[Reply], list[Reply]]:
+        """Those of these replies that are in a release; and one reply with what may be known of them, and nothing
+        else."""
         assert self._setup.release is not None
-        update, self.state, traffic = self._setup.release(replies, sorted(asked), version, self.state)
+        update, self.state, traffic, refused = self._setup.release(replies, sorted(asked), version, self.state)
         for client, (up, down) in traffic.items():
             self._spend(Totals(up, down), client)
+        self._refused(refused, version)
+        out = {refusal.client for refusal in refused}
         nobody = Job(-1, -1, 0, 0, version, phase)
-        return [] if update is None else [Reply(nobody, update, 1, 0, 0, 0, 0.0, math.nan)]
+        made = [] if update is None else [Reply(nobody, update, 1, 0, 0, 0, 0.0, math.nan)]
+        return [reply for reply in replies if reply.job.client not in out], made
 
     def _summed(self, replies: Sequence[Reply]) -> Reply | None:
         """One reply that holds the sums of these, if they were added up where they were made."""

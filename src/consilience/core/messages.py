@@ -253,12 +253,13 @@ class Refusal(NamedTuple):
 
 
 class Released(NamedTuple):
-    """What a :class:`Release` gives: the sums as an update (None: nothing), its new state, and bytes that were sent for
-    it beside the updates, as (up, down) by client."""
+    """What a :class:`Release` gives: the sums as an update (None: nothing), its new state, bytes that were sent for it
+    beside the updates, as (up, down) by client, and whose update is not in it, with reasons."""
 
     update: Tree
     state: Tree
     traffic: Mapping[int, tuple[int, int]] = {}
+    refused: tuple[Refusal, ...] = ()
 
 
 class Release(Protocol):

@@ -57,7 +57,8 @@ class Place:
     ones. chunk: rows in one chunk of an evaluation; results may depend on it in their last bits, so it is an option.
     public: inputs that everybody may see. n_clients: how many may train. topology: mixing weights of each
     round. pooled: everybody's training rows, only for the centralised reference. rows: how many training rows those
-    who may train have together, for methods that count them.
+    who may train have together, for methods that count them. noise: seed of what nobody must guess, where the site has
+    a secret of its own; by default the run's seed.
     """
 
     task: Task
@@ -72,6 +73,7 @@ class Place:
     topology: Topology | None = None
     pooled: Split | None = None
     rows: int = 0
+    noise: int | None = None
     networks: Mapping[str, Architecture] = field(default_factory=dict)
 
     @property

@@ -31,6 +31,11 @@ def philox(*key: int | str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=_hashed(*key)))
 
 
+def seed_of(secret: str) -> int:
+    """A seed of 128 bits that tells nothing of the secret that it is made of."""
+    return _hashed("secret", secret)
+
+
 def _hashed(*key: int | str) -> int:
     """128 bits of a key."""
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in key)

@@ -200,7 +200,8 @@ def digest(*trees: Tree) -> str:
 
 @record
 class Elsewhere(NamedTuple):
-    """In the place of a tree that is kept where it was made. key: names it there. sha256: its :func:`digest`."""
+    """In the place of a tree that is kept where it was made. key: names it there. sha256: its :func:`digest`; empty
+    where not even that is told."""
 
     key: str
     sha256: str

@@ -37,7 +37,7 @@ def make_key(path: Path) -> str:
         return public_text(read_private(path).public_key())
     key = ec.generate_private_key(ec.SECP384R1())
     path.parent.mkdir(parents=True, exist_ok=True)
-    _secret(path, key.private_bytes(form.Encoding.PEM, form.PrivateFormat.OpenSSH, form.NoEncryption()))
+    write_secret(path, key.private_bytes(form.Encoding.PEM, form.PrivateFormat.OpenSSH, form.NoEncryption()))
     text = public_text(key.public_key())
     write_atomically(path.with_name(path.name + ".pub"), text + "\n")
     return text
@@ -131,7 +131,7 @@ def make_certificates(folder: Path, hosts: tuple[str, ...] = ("localhost", "127.
         made = made.add_extension(usage, True)
         made = made.add_extension(x509.SubjectKeyIdentifier.from_public_key(ca_key.public_key()), False)
         ca = made.sign(ca_key, hashes.SHA384())
-        _secret(folder / "ca.key", ca_key.private_bytes(pem, form.PrivateFormat.PKCS8, plain))
+        write_secret(folder / "ca.key", ca_key.private_bytes(pem, form.PrivateFormat.PKCS8, plain))
         write_atomically(folder / "ca.pem", ca.public_bytes(pem))
     key = ec.generate_private_key(ec.SECP384R1())
     named: list[Any] = []
@@ -144,7 +144,7 @@ def make_certificates(folder: Path, hosts: tuple[str, ...] = ("localhost", "127.
     own = begun(name("consilience server"), ca.subject, key, days)
     own = own.add_extension(x509.SubjectAlternativeName(named), False).add_extension(identifier, False)
     own = own.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), False)
-    _secret(folder / "tls.key", key.private_bytes(pem, form.PrivateFormat.PKCS8, plain))
+    write_secret(folder / "tls.key", key.private_bytes(pem, form.PrivateFormat.PKCS8, plain))
     write_atomically(folder / "tls.pem", own.sign(ca_key, hashes.SHA384()).public_bytes(pem))
 
 
@@ -159,10 +159,12 @@ def expired(path: Path) -> str | None:
     return f"{until:%Y-%m-%d}" if until < dt.datetime.now(dt.timezone.utc) else None
 
 
-def _secret(path: Path, data: bytes) -> None:
+def write_secret(path: Path, data: bytes) -> None:
     """Write a file that only its owner may read."""
     part = path.with_name(path.name + ".part")
     part.unlink(missing_ok=True)
     with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
     part.replace(path)

@@ -60,7 +60,9 @@ POLICY = """\
 # methods: [{method}]             # methods that may run
 # rounds: 100                     # most rounds of one deployment
 # minimum_cohort: 3               # fewest sites whose updates are combined at once
-# server_sees: [sizes, statistics, updates, losses, scores, groups]   # what may leave
+# server_sees: [sizes, statistics, updates, sums, losses, scores, groups]   # what may leave
+# epsilon: 3                      # most that all deployments may spend on a row here, with row_noise
+# delta: 1.0e-5                   # at which it is counted
 {}
 """
 

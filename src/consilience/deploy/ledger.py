@@ -11,6 +11,7 @@ from typing import Any
 from consilience.core import tree as tr
 from consilience.core.errors import ConfigError
 from consilience.core.tree import Tree
+from consilience.folder import read_lines
 
 FILE = "ledger.jsonl"
 
@@ -25,9 +26,15 @@ def fields_of(tree: Tree) -> dict[str, int]:
 
 
 def note(folder: Path, line: dict[str, Any]) -> None:
-    """Append a line and see it on disk, before what it tells of leaves."""
-    with (folder / FILE).open("a") as file:
-        file.write(json.dumps({"time": round(time.time(), 3), **line}) + "\n")
+    """Append a line and see it on disk, before what it tells of leaves. A line that was cut off before was of nothing
+    that left."""
+    path = folder / FILE
+    with path.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.truncate(path.read_bytes().rfind(b"\n") + 1)
+        file.write(json.dumps({"time": round(time.time(), 3), **line}).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 
@@ -37,12 +44,14 @@ def read(folder: Path) -> list[dict[str, Any]]:
     path = folder / FILE
     if not path.exists():
         raise ConfigError(f"{path}: nothing has left this site (no ledger there)")
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    return read_lines(path)
 
 
 def show(folder: Path) -> Any:
-    """The ledger as a table, with totals by run in its caption."""
+    """The ledger as a table, with totals in its caption."""
     from rich.table import Table
+
+    from consilience.deploy import budget, policy
 
     lines = read(folder)
     table = Table(
@@ -60,4 +69,8 @@ def show(folder: Path) -> Any:
         table.add_row(clock, line["run"], str(line["round"]), line["message"], told, f"{line['bytes']:,}")
     sent = [line for line in lines if "bytes" in line]
     table.caption = f"{len(sent)} messages, {sum(line['bytes'] for line in sent):,} bytes"
+    costs = budget.costs(lines)
+    if costs:
+        delta = policy.read(folder / "policy.yaml").delta
+        table.caption += f"; a row has spent epsilon {budget.spent(costs, delta):.3g} at delta {delta:g}"
     return table

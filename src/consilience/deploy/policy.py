@@ -11,8 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from consilience.config import read_yaml
 from consilience.core.errors import ConfigError, ConsilienceError, nearest
 from consilience.core.events import cohort_size
+from consilience.privacy.numbers import threshold
 
-Seen = Literal["sizes", "statistics", "updates", "losses", "scores", "groups"]
+Seen = Literal["sizes", "statistics", "updates", "sums", "losses", "scores", "groups"]
 
 
 class Policy(BaseModel):
@@ -25,10 +26,12 @@ class Policy(BaseModel):
     rounds: int | None = Field(None, ge=1, description="most rounds of one deployment (any number)")
     minimum_cohort: int = Field(1, ge=1, description="fewest sites whose updates are combined at once")
     server_sees: list[Seen] = Field(
-        ["sizes", "statistics", "updates", "losses", "scores", "groups"],
-        description="what may leave: sizes and the task, statistics of columns, updates, training losses, "
-        "scores of models here, scores by sensitive group",
+        ["sizes", "statistics", "updates", "sums", "losses", "scores", "groups"],
+        description="what may leave: sizes and the task, statistics of columns, updates, updates within secret sums, "
+        "training losses, scores of models here, scores by sensitive group",
     )
+    epsilon: float | None = Field(None, gt=0, description="most that all deployments may spend on a row here (any)")
+    delta: float = Field(1e-5, gt=0, lt=1, description="at which epsilon is told")
 
 
 class PolicyError(ConsilienceError):
@@ -61,17 +64,22 @@ def check(policy: Policy, source: str, told: Mapping[str, Any]) -> None:
     least = smallest(told)
     if least < policy.minimum_cohort:
         raise PolicyError(f"the policy wants {policy.minimum_cohort} sites combined at once; here it may be {least}")
-    for what in ("sizes", "updates"):
+    if policy.epsilon is not None and told["options"].get("row_noise", "none") == "none":
+        raise PolicyError(f"the policy's epsilon of {policy.epsilon:g} for a row needs a method with row_noise")
+    secret = told["config"]["secure"] is not None
+    for what in ("sizes", "sums" if secret and "updates" not in policy.server_sees else "updates"):
         if what not in policy.server_sees:
             raise PolicyError(f"the policy lets no {what} leave, without which nothing can be trained")
 
 
 def smallest(told: Mapping[str, Any]) -> int:
-    """Of how many sites at least an update is made, if all answer."""
+    """Of how many sites at least an update is made: if all answer, or of a secret sum."""
     from consilience import methods
 
     config = told["config"]
     cohort = cohort_size(config["participation"], len(told["sites"]))
+    if config["secure"] is not None:
+        return threshold(config["secure"], cohort)
     schedule = config["schedule"] or methods.make(told["method"], told["options"]).default_schedule()
     kind, _, number = schedule.partition(":")
     if kind in ("async", "interval", "tiered", "deadline"):

@@ -1,7 +1,8 @@
 """The server's half of a deployment: the one server loop, on real time and real sites.
 
-Its folder holds ``server.key``, ``events.jsonl`` (what happened with whom), ``registered.json`` and ``run``, a run's
-folder as every other, with ``arrivals.jsonl`` beside its files. If ``run`` has begun, it is resumed.
+Its folder holds ``server.key``, ``noise.key`` (of its noise and draws), ``events.jsonl`` (what happened with whom),
+``registered.json`` and ``run``, a run's folder as every other, with ``arrivals.jsonl`` beside its files. If ``run`` has
+begun, it is resumed.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -33,12 +35,15 @@ from consilience.core.units import parse_bytes
 from consilience.core.worker import Worker
 from consilience.deploy import data, spec
 from consilience.deploy.data import Known
+from consilience.deploy.keys import write_secret
 from consilience.deploy.post import Post, Wire
 from consilience.deploy.site import worker_of
 from consilience.deploy.spec import Deployment
+from consilience.deploy.sums import AtSites, kept_there
 from consilience.execute.flower import Flower
 from consilience.fleet.real import Wall
 from consilience.folder import RunFolder, describe
+from consilience.privacy.options import Privacy
 from consilience.wire.decode import stages
 
 EVENTS = "events.jsonl"
@@ -72,7 +77,7 @@ class Server:
         clock = Wall(lambda: frozenset(ids[n] for n in post.there()), recorder.path / ARRIVALS, begin)
         if snapshot is not None:
             self.tell("", f"goes on after round {snapshot.version}")
-        last = run_loop(executor, self._setup(deployment, worker, clock, recorder, spent), snapshot)
+        last = run_loop(executor, self._setup(deployment, worker, clock, recorder, spent, post), snapshot)
         self._end(post, deployment, executor, last, clock, about)
         recorder.finish(last, {})
         from consilience.report.html import write_report
@@ -174,29 +179,45 @@ class Server:
         write_atomically(path / "config.yaml", yaml.safe_dump(told, sort_keys=False))
         return RunFolder(path, budget), None, 0.0
 
-    def _setup(self, deployment: Deployment, worker: Worker, clock: Wall, recorder: RunFolder, spent: float) -> Setup:
+    def _setup(
+        self, deployment: Deployment, worker: Worker, clock: Wall, recorder: RunFolder, spent: float, post: Post
+    ) -> Setup:
         from consilience.measure.metrics import Standard
         from consilience.simulate import timing
 
         config = deployment.run.config
+        cohort, secret = cohort_size(config.participation, len(deployment.names)), config.secure is not None
         _, schedule = timing(
             worker, participation=config.participation, clock=clock, schedule=config.schedule,
             concurrency=config.concurrency, over_selection=config.over_selection, late=config.late,
         )  # fmt: skip
+        release = Privacy.of(config.model_dump()).release(
+            worker, schedule, rounds=config.rounds, cohort=cohort, available=True, folder=recorder.path,
+            parties=AtSites(post, deployment.names, deployment.section.max_bytes) if secret else None,
+            secret=self._noise(),
+        )  # fmt: skip
         return Setup(
             rounds=config.rounds,
-            cohort=cohort_size(config.participation, len(deployment.names)),
+            cohort=cohort,
             schedule=schedule,
             clock=clock,
             measures=Standard(),
             recorder=recorder,
-            stages=stages(worker),
+            stages=(kept_there,) if secret else stages(worker),
+            release=release,
             evaluation=Evaluation(
                 config.eval_every, config.eval_clients_every, config.eval_clients, worker.place.chunk
             ),
             checkpoint_every=1,
             elapsed=spent,
         )
+
+    def _noise(self) -> str:
+        """The secret that keys the server's noise and draws, made when it is first needed."""
+        path = self.folder / "noise.key"
+        if not path.exists():
+            write_secret(path, secrets.token_hex(32).encode())
+        return path.read_text()
 
     def _end(
         self, post: Post, deployment: Deployment, executor: Flower, last: Snapshot, clock: Wall, about: dict[str, Any]

@@ -1,38 +1,43 @@
 """A site's half of a deployment: opens what the server sends, keeps to its owner's policy, works, notes what leaves.
 
 A site's folder holds ``site.yaml`` (name, data, the server's public key), ``site.key``, ``policy.yaml``,
-``ledger.jsonl``, and in ``runs/ID`` the states, the messages taken and the exported model of each deployment.
+``ledger.jsonl``, ``noise.key`` (of noise for its rows), and in ``runs/ID`` the states, the messages taken, its part in
+secret sums and the exported model of each deployment.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import json
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from consilience.config import read_yaml
+from consilience.core import tree as tr
 from consilience.core.checkpoint import write_atomically
 from consilience.core.encode import DecodeError, decode, encode
 from consilience.core.errors import CheckpointError, ConfigError, ConsilienceError, NeedsError
 from consilience.core.messages import Job, Work
 from consilience.core.tree import Elsewhere, Tree
 from consilience.core.worker import Call, Worker
-from consilience.deploy import data, ledger, policy
+from consilience.deploy import budget, data, ledger, policy
+from consilience.deploy.budget import Cost
 from consilience.deploy.keys import read_private, read_public
+from consilience.deploy.masking import Masking
 from consilience.deploy.policy import PolicyError
 from consilience.deploy.seal import ANY, Sealed, SealError, Window, open_sealed, seal
 from consilience.deploy.spec import PROTOCOL
 from consilience.deploy.store import Store
-from consilience.folder import versions
+from consilience.folder import read_lines, versions
+from consilience.privacy.options import Privacy
 
 WORKED = ("train", "judge", "send", "mix")
 """A worker's functions that the server may ask for."""
@@ -61,6 +66,15 @@ def read_about(folder: Path) -> About:
         ) from None
 
 
+class Said(NamedTuple):
+    """What a site says. fields: what is in it, for the ledger, with bytes. rows: what it has cost its rows."""
+
+    told: dict[str, Any]
+    blobs: list[bytearray]
+    fields: dict[str, int]
+    rows: Cost | None = None
+
+
 class Home:
     """A site at work, in its folder."""
 
@@ -86,22 +100,23 @@ class Home:
                 ledger.note(self.folder, {"refused": why})
                 raise error if isinstance(error, SealError) else SealError(why) from None
             try:
-                told, blobs, left = self._done(head, message.blobs, run)
+                said = self._done(head, message.blobs, run)
             except (PolicyError, NeedsError, CheckpointError) as error:
-                told, blobs, left = {"refused": str(error)}, [], {"refused": 0}
+                said = Said({"refused": str(error)}, [], {"refused": 0})
             except Exception as error:  # its text may tell of data, so it stays here
                 with (run / "errors.log").open("a") as file:
                     trace = getattr(error, "trace", "") or "".join(traceback.format_exception(error))
                     file.write(f"{time.ctime()}: {error}\n{trace}\n")
                 cause = error.__cause__ or error
                 told = {"failed": f"{type(cause).__name__} (the site's errors.log has more)"}
-                blobs, left = [], {"failed": 0}
-            reply = self._seal(head, told, blobs)
-            what = head.get("call", head["kind"])
-            ledger.note(
-                self.folder,
-                {"run": head["run"], "round": head["round"], "message": what, "fields": left, "bytes": reply.size},
-            )
+                said = Said(told, [], {"failed": 0})
+            reply = self._seal(head, said.told, said.blobs)
+            cost = {} if said.rows is None else {"rows": said.rows._asdict()}
+            line = {
+                "run": head["run"], "round": head["round"], "message": head.get("call", head["kind"]),
+                "fields": said.fields, "bytes": reply.size, **cost,
+            }  # fmt: skip
+            ledger.note(self.folder, line)
             return reply
 
     def _seal(self, head: Mapping[str, Any], told: Mapping[str, Any], blobs: Sequence[bytes | bytearray]) -> Sealed:
@@ -120,23 +135,23 @@ class Home:
         folder.mkdir(parents=True, exist_ok=True)
         return folder, number
 
-    def _done(
-        self, head: Mapping[str, Any], blobs: Sequence[bytes], run: Path
-    ) -> tuple[dict[str, Any], list[bytearray], dict[str, int]]:
-        """What to tell, with which blobs, and the fields of it for the ledger."""
+    def _done(self, head: Mapping[str, Any], blobs: Sequence[bytes], run: Path) -> Said:
+        """What to say."""
         if head["kind"] == "hello":
             return self._hello(head, run)
         if head["kind"] == "begin":
             write_atomically(run / "about.json", json.dumps(head["about"]))
             write_atomically(run / "shared.safetensors", blobs[0])
-            return {}, [], {}
+            return Said({}, [], {})
         if head["kind"] == "call":
             return self._call(head, blobs, run)
+        if head["kind"] == "secret":
+            return self._secret(head, blobs, run)
         if head["kind"] == "end":
             return self._end(head, blobs, run)
         raise PolicyError(f"nothing is known of messages of kind {head['kind']!r}")
 
-    def _hello(self, head: Mapping[str, Any], run: Path) -> tuple[dict[str, Any], list[bytearray], dict[str, int]]:
+    def _hello(self, head: Mapping[str, Any], run: Path) -> Said:
         own = versions()
         if head["protocol"] != PROTOCOL:
             raise PolicyError(
@@ -152,11 +167,9 @@ class Home:
             raise PolicyError("the policy lets no statistics leave, which a table needs to be made into inputs")
         write_atomically(run / "told.json", json.dumps(told))
         write_atomically(run / "facts.json", json.dumps(facts))
-        return {"facts": facts, "versions": own}, [], {**dict.fromkeys(facts, 0), "versions": 0}
+        return Said({"facts": facts, "versions": own}, [], {**dict.fromkeys(facts, 0), "versions": 0})
 
-    def _call(
-        self, head: Mapping[str, Any], blobs: Sequence[bytes], run: Path
-    ) -> tuple[dict[str, Any], list[bytearray], dict[str, int]]:
+    def _call(self, head: Mapping[str, Any], blobs: Sequence[bytes], run: Path) -> Said:
         told = _json(run / "told.json")
         name = head["call"]
         if name not in WORKED:
@@ -165,6 +178,7 @@ class Home:
         if last is not None and head["round"] > last + (name == "judge"):  # judging names the round to come
             raise PolicyError(f"the policy allows {self.policy.rounds} rounds, not {head['round']}")
         worker = self._worker(told, run)
+        worker = replace(worker, place=replace(worker.place, noise=budget.seed(self.folder, blobs)))
         limit = self.about.max_bytes
         try:
             shared, args = decode(blobs[0], limit=limit), decode(blobs[1], limit=limit)
@@ -174,6 +188,10 @@ class Home:
         if not isinstance(job, Job) or job.client != told["sites"].index(self.about.name):
             raise PolicyError("malformed message: the job is not this site's")
         store = Store(run / "states")
+        cost = None
+        if name == "train" or (name == "judge" and args[-1]):
+            cost = budget.cost(worker.method, len(worker.federation.data(job.client).train), job.steps, blobs)
+            budget.check(self.policy, self._ledger(), cost)
         began = time.perf_counter()
         given = tuple(store.get(arg) if isinstance(arg, Elsewhere) else arg for arg in args)
         result = worker.run(Call(name, given, shared))
@@ -184,16 +202,61 @@ class Home:
             named = [arg.key for arg in args if isinstance(arg, Elsewhere)]
             store.prune(job.id, {*head["keep"], *named})
             if name == "mix":
-                return {}, [encode(kept)], {"hash of the state": 0}
+                return Said({}, [encode(kept)], {"hash of the state": 0})
             work = self._allowed(result[0])._replace(seconds=seconds)
+            if told["config"]["secure"] is not None:
+                work = self._held(worker, job, work, run)
             rest = (work._replace(update=None), kept)
             said = {f: 0 for f in Work._fields if f != "update" and getattr(work, f) is not None}
-            return {}, [encode(work.update), encode(rest)], {**ledger.fields_of(work.update), **said}
+            return Said({}, [encode(work.update), encode(rest)], {**ledger.fields_of(work.update), **said}, cost)
         if name == "judge":
             if "scores" not in self.policy.server_sees:
                 raise PolicyError("the policy lets no scores leave")
-            return {}, [encode(tuple(self._scored(score) for score in result))], {"scores": 0}
-        return {}, [encode(result)], ledger.fields_of(result)
+            return Said({}, [encode(tuple(self._scored(score) for score in result))], {"scores": 0}, cost)
+        return Said({}, [encode(result)], ledger.fields_of(result))
+
+    def _held(self, worker: Worker, job: Job, work: Work, run: Path) -> Work:
+        """A job's result whose update stays here, for a secret sum: nobody else can look at it, so it is looked at
+        here."""
+        wrong = None if worker.check is None else worker.check.wrong(job, work.update)
+        if wrong is not None:
+            raise ConsilienceError(f"this site's update is no use: {': '.join(wrong)}")
+        updates = Store(run / "updates")
+        kept = updates.put(job.id, job.phase, work.update)
+        updates.prune(job.id, ())
+        assert kept is not None
+        return work._replace(update=kept._replace(sha256=""), loss=float("nan"))
+
+    def _secret(self, head: Mapping[str, Any], blobs: Sequence[bytes], run: Path) -> Said:
+        """This site's part in a step of a secret sum."""
+        from consilience import methods
+
+        told = _json(run / "told.json")
+        config, step = told["config"], head["step"]
+        if config["secure"] is None:
+            raise PolicyError("this deployment has no secret sums")
+        try:
+            (blob,) = blobs
+            args = decode(blob, limit=self.about.max_bytes)
+            recipe = args.get("recipe")
+        except (DecodeError, ValueError, AttributeError) as error:
+            raise PolicyError(f"malformed message: {error}") from None
+        if recipe is not None and getattr(recipe, "clip", None) != Privacy.of(config).clips:
+            raise PolicyError("this update is to be clipped otherwise than the deployment says")
+        masking = Masking(
+            run / "secret.json", told["sites"].index(self.about.name), config["secure"], self.policy.minimum_cohort
+        )
+
+        def kept(key: str) -> Tree:
+            methods.make(told["method"], told["options"])  # what an update is made of is known from here on
+            return Store(run / "updates").get(Elsewhere(key, ""))
+
+        said = masking.answer(step, head["round"], args, kept)
+        return Said({}, [encode(said)], {f"secret sum, {step}": tr.nbytes(said)})
+
+    def _ledger(self) -> list[dict[str, Any]]:
+        """What has left until now."""
+        return read_lines(self.folder / ledger.FILE)
 
     def _allowed(self, work: Work) -> Work:
         """A job's result without what the policy keeps here."""
@@ -210,9 +273,7 @@ class Home:
         hidden = {"groups": "groups", "cluster": "statistics"}
         return score._replace(**{field: None for field, kind in hidden.items() if kind not in sees})
 
-    def _end(
-        self, head: Mapping[str, Any], blobs: Sequence[bytes], run: Path
-    ) -> tuple[dict[str, Any], list[bytearray], dict[str, int]]:
+    def _end(self, head: Mapping[str, Any], blobs: Sequence[bytes], run: Path) -> Said:
         """The run is over: commit the last admitted state, and export what this site would deploy."""
         from consilience.exporting import write_model
         from consilience.simulate import single_thread
@@ -230,7 +291,8 @@ class Home:
         with _readable_by_owner():
             paths = write_model(predictor, run / "export", worker.place, what) if predictor is not None else []
         store.prune(1 << 40, {name.key} if name is not None else ())
-        return {"exported": bool(paths)}, [], {"exported": 0}
+        Store(run / "updates").prune(1 << 40, ())
+        return Said({"exported": bool(paths)}, [], {"exported": 0})
 
     def _own(self, told: Mapping[str, Any]) -> data.Own:
         """This site's rows."""
@@ -280,11 +342,11 @@ def worker_of(told: Mapping[str, Any], federation: Any, init: Tree, rows: int) -
 
     config = told["config"]
     shared = {key: config[key] for key in ("model", "models", "feature_dim", "topology", "mixing", "seed")}
-    method = methods.make(told["method"], told["options"])
+    method = Privacy.of(config).method(methods.make(told["method"], told["options"]))
     worker = prepare(method, federation, init=init, **shared)
     if not method.counts_rows:
         return worker
-    return dataclasses.replace(worker, place=dataclasses.replace(worker.place, rows=rows))
+    return replace(worker, place=replace(worker.place, rows=rows))
 
 
 def _json(path: Path) -> dict[str, Any]:

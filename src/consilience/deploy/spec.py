@@ -13,9 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from consilience.config import Settings, read_yaml, settle
 from consilience.core.checkpoint import write_atomically
 from consilience.core.errors import ConfigError, NeedsError
+from consilience.core.events import cohort_size
 from consilience.experiment import RunSpec, specs
+from consilience.privacy.options import KEYS, Privacy
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Of our messages; both ends must have the same."""
 
 
@@ -66,7 +68,7 @@ class Deployment:
         config = self.run.config
         kept = (
             "model", "models", "feature_dim", "split", "sensitive", "rounds", "participation", "schedule", "topology",
-            "mixing", "seed",
+            "mixing", "seed", *KEYS,
         )  # fmt: skip
         return {
             "method": self.run.method,
@@ -127,13 +129,12 @@ def make(run: RunSpec, section: Mapping[str, Any], where: str = "run.yaml") -> D
     for key in ("unseen", "drops", "fleet_correlation", "availability", "fleet", "replay", "attack"):
         if getattr(config, key) != getattr(default, key):
             raise ConfigError(f"{where}: {key} is for simulations; real sites are as they are")
-    if config.epsilon is not None or config.noise_multiplier is not None or config.secure is not None:
-        raise ConfigError(f"{where}: differential privacy and secret sums are for simulations yet; leave them out")
     if config.seeds != 1:
         raise ConfigError(f"{where}: a deployment is one run; leave out seeds")
-    made = methods.make(run.method, run.options)
-    if made.row_noise != "none":
-        raise ConfigError(f"{where}: row_noise comes from the run's seed, which is for simulations yet; leave it out")
+    privacy = Privacy.of(config.model_dump())
+    privacy.check(run.options)
+    made = privacy.method(methods.make(run.method, run.options))
+    privacy.fits(made, cohort_size(config.participation, len(found.sites)))
     schedule = config.schedule or made.default_schedule()
     if "%" in schedule:
         raise ConfigError(f"{where}: schedule {schedule}: a share of a simulated device's time; give seconds")

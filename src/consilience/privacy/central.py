@@ -14,7 +14,7 @@ from torch import Tensor
 
 from consilience.core import tree as tr
 from consilience.core.errors import ConsilienceError
-from consilience.core.messages import Released, Reply
+from consilience.core.messages import Refusal, Released, Reply
 from consilience.core.outbox import size_of
 from consilience.core.reduce import weighted_sum
 from consilience.core.streams import philox
@@ -22,7 +22,8 @@ from consilience.core.tree import record
 from consilience.privacy.clip import Clip, clipped
 from consilience.privacy.ledger import Ledger
 from consilience.privacy.mechanism import Mechanism, Tree
-from consilience.privacy.secret import Secret, rounding, traffic
+from consilience.privacy.numbers import Recipe, rounding
+from consilience.privacy.secret import Secret, traffic
 
 RATE = 0.2
 """Step size of the adaptive bound, in logarithms (the paper's)."""
@@ -52,8 +53,8 @@ class Central:
 
     Noise comes from streams of their own, keyed by a secret and by what it covers: the same sums get the same noise, so
     that a resumed run has the same bits, and other sums get other noise, so that no difference of two releases is free
-    of it. In simulation the secret is made of the run's seed, and whoever knows that can take the noise away: it
-    measures what privacy costs and protects nobody.
+    of it. secret: in simulation it is made of the run's seed, and whoever knows that can take the noise away: it
+    measures what privacy costs and protects nobody. In a deployment it is the server's own.
 
     masked: sums are secret too. The clipped updates go through the protocol of ``Secret`` as fixed-point numbers, whose
     sum is exact, and the server adds the noise once, to that sum: it sees the sums of cohorts before noise, and no
@@ -101,7 +102,7 @@ class Central:
 
     def __call__(self, replies: Sequence[Reply], asked: Sequence[int], version: int, state: State) -> Released:
         """One private release."""
-        sums, short = self._sums(replies, state.norm, asked, version)
+        sums, short, refused = self._sums(replies, state.norm, asked, version)
         key = self._key(version, sums, short, state)
         self._spend(version, key, state.norm)
         nodes = state.nodes
@@ -115,11 +116,15 @@ class Central:
         else:
             signs = [(1.0, key)]
         update = {field: self._noised(field, part, state.norm, signs) for field, part in sums.items()}
-        more = {} if self.masked is None else dict.fromkeys(sorted(asked), traffic(len(asked), len(replies)))
-        return Released(self.made(**update), State(self._next(state.norm, short, key), nodes), more)
+        sent = len(replies) - len(refused)
+        more = {} if self.masked is None else dict.fromkeys(sorted(asked), traffic(len(asked), sent))
+        return Released(self.made(**update), State(self._next(state.norm, short, key), nodes), more, refused)
 
-    def _sums(self, replies: Sequence[Reply], norm: float, asked: Sequence[int], version: int) -> tuple[Fields, float]:
-        """The weighted sum of each field, and how many updates were at most ``norm`` long, less half of all."""
+    def _sums(
+        self, replies: Sequence[Reply], norm: float, asked: Sequence[int], version: int
+    ) -> tuple[Fields, float, tuple[Refusal, ...]]:
+        """The weighted sum of each field, how many updates were at most ``norm`` long, less half of all, and whose are
+        not in it."""
         if self.masked is not None:
             return self._masked(self.masked, replies, norm, asked, version)
         parts: list[Fields] = []
@@ -129,31 +134,31 @@ class Central:
             short += 0.5 if within else -0.5
             parts.append(self._fields(vector))
         if not parts:
-            return {name: tr.zeros_like(part) for name, part in self.template.items()}, 0.0
-        return {
-            name: weighted_sum([fields[name] for fields in parts], [self.weights[name]] * len(parts))
-            for name in self.template
-        }, short
+            return {name: tr.zeros_like(part) for name, part in self.template.items()}, 0.0, ()
+        return (
+            {
+                name: weighted_sum([fields[name] for fields in parts], [self.weights[name]] * len(parts))
+                for name in self.template
+            },
+            short,
+            (),
+        )
 
     def _masked(
         self, masked: Secret, replies: Sequence[Reply], norm: float, asked: Sequence[int], version: int
-    ) -> tuple[Fields, float]:
+    ) -> tuple[Fields, float, tuple[Refusal, ...]]:
         """The same by secret sums: of the unweighted updates, since all weights are alike."""
         like = [leaf for part in self.template.values() for leaf in part.values()]
         bound = norm - rounding(sum(leaf.numel() for leaf in like))
         if bound <= 0:
             raise ConsilienceError(f"--dp-clip: a norm of {norm:g} is lost in the rounding of secret sums")
-        vectors = {}
-        for reply in replies:
-            vector, within = clipped(self._vector(reply), self.clip, bound)
-            numbers = [part.double().flatten().numpy() for part in vector]
-            vectors[reply.job.client] = np.concatenate([*numbers, [0.5 if within else -0.5]])
-        sums = masked.of(vectors, asked, version)
+        recipe = Recipe(dict.fromkeys(self.template, 1.0), str(self.clip), bound)
+        sums, refused = masked.of({reply.job.client: recipe for reply in replies}, replies, asked, version)
         ends = np.cumsum([leaf.numel() for leaf in like])
         rows = [torch.from_numpy(row).reshape(leaf.shape)
                 for row, leaf in zip(np.split(sums[:-1], ends[:-1]), like, strict=True)]  # fmt: skip
         fields = self._fields(rows)
-        return {name: tr.scale(part, self.weights[name]) for name, part in fields.items()}, float(sums[-1])
+        return {name: tr.scale(part, self.weights[name]) for name, part in fields.items()}, float(sums[-1]), refused
 
     def _vector(self, reply: Reply) -> list[Tensor]:
         """An update's tensors, field by field."""

@@ -13,6 +13,7 @@ from consilience.core.errors import ConfigError, NeedsError
 from consilience.core.events import Schedule
 from consilience.core.messages import Release
 from consilience.core.method import Method
+from consilience.core.streams import seed_of
 from consilience.core.worker import Worker
 from consilience.privacy import suits
 from consilience.privacy.clip import parse
@@ -21,7 +22,11 @@ from consilience.privacy.mechanism import make, solved
 from consilience.schedule.rounds import Rounds
 
 if TYPE_CHECKING:
+    from consilience.privacy.numbers import Parties
     from consilience.privacy.secret import Secret
+
+KEYS = ("epsilon", "delta", "noise_multiplier", "dp_clip", "dp_mechanism", "secure")
+"""A configuration's options of privacy."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +68,20 @@ class Privacy:
                 "sum of one hides nothing; give fixed or tree"
             )
 
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Privacy:
+        """From a configuration's values."""
+        return cls(*(config[key] for key in KEYS))
+
     @property
     def asked(self) -> bool:
         """Whether anything is to be private."""
         return self.epsilon is not None or self.noise is not None
+
+    @property
+    def clips(self) -> str:
+        """How clients clip what is added up in secret; empty where they do not."""
+        return str(parse(self.clip)) if self.asked else ""
 
     def method(self, method: Method) -> Method:
         """The method as it runs with this."""
@@ -89,21 +104,17 @@ class Privacy:
         cohort: int,
         available: bool,
         folder: Path | None = None,
+        parties: Parties | None = None,
+        secret: str | None = None,
     ) -> Release | None:
         """The release of a run, checked against its method and schedule; None if nothing was asked for. available:
-        whether all clients can always be reached. folder: where the ledger is kept."""
+        whether all clients can always be reached. folder: where the ledger is kept. parties: of secret sums; by default
+        they are simulated. secret: what keys noise and draws; by default the run's seed does."""
         method, place = worker.method, worker.place
-        masked = None if self.secure is None else self._secret(worker, schedule, cohort)
+        self.fits(method, cohort, len(place.architectures))
+        masked = None if self.secure is None else self._secret(worker, schedule, parties)
         if not self.asked:
             return masked
-        why = suits.why_not(method, place)
-        if why is not None:
-            raise NeedsError(f"{method.name} {why}: it cannot run with differential privacy\n{fitting(True)}")
-        odd = suits.no_difference(method)
-        if odd is not None:
-            raise NeedsError(
-                f"{method.name} sends '{odd}', which is no difference: differential privacy cannot bound it"
-            )
         buffer = suits.buffers_of(method, place)
         if buffer is not None:
             raise NeedsError(
@@ -118,7 +129,7 @@ class Privacy:
             raise ConfigError(
                 "--dp-clip adaptive changes the bound within a tree; give --dp-mechanism tree a fixed one"
             )
-        mechanism = make(self.mechanism, clients, cohort, rounds, place.seed)
+        mechanism = make(self.mechanism, clients, cohort, rounds, place.seed if secret is None else seed_of(secret))
         noise = self.noise if self.epsilon is None else solved(mechanism, self.epsilon, self.delta)
         assert noise is not None
         from consilience.privacy.central import Central
@@ -127,32 +138,43 @@ class Privacy:
         assert isinstance(made, type)
         return Central(
             made, mechanism, clip, noise, self.delta, suits.weights(method, mechanism.cohort),
-            suits.template(method, place), Ledger(None if folder is None else folder / LEDGER), f"seed {place.seed}",
-            self.epsilon, masked,
+            suits.template(method, place), Ledger(None if folder is None else folder / LEDGER),
+            secret or f"seed {place.seed}", self.epsilon, masked,
         )  # fmt: skip
 
-    def _secret(self, worker: Worker, schedule: Schedule, cohort: int) -> Secret:
+    def fits(self, method: Method, cohort: int, models: int = 1) -> None:
+        """Refuse a method that cannot run with this, as far as that does not depend on its models and data. cohort:
+        clients of a round. models: architectures in the run. Raises ConfigError or NeedsError."""
+        for asked, what in ((self.secure is not None, "secure aggregation"), (self.asked, "differential privacy")):
+            why = suits.why_not(method, models) if asked else None
+            if why is not None:
+                raise NeedsError(f"{method.name} {why}: it cannot run with {what}\n{fitting(self.asked)}")
+        odd = suits.no_difference(method) if self.asked else None
+        if odd is not None:
+            raise NeedsError(
+                f"{method.name} sends '{odd}', which is no difference: differential privacy cannot bound it"
+            )
+        if self.secure is not None and cohort < 2:
+            raise ConfigError(
+                "secure aggregation: the sum of one client's update hides nothing; ask two or more a round"
+            )
+
+    def _secret(self, worker: Worker, schedule: Schedule, parties: Parties | None) -> Secret:
         """Secret sums."""
         method, place = worker.method, worker.place
-        why = suits.why_not(method, place)
-        if why is not None:
-            raise NeedsError(f"{method.name} {why}: it cannot run with secure aggregation\n{fitting(False)}")
         if not isinstance(schedule, Rounds):
             raise ConfigError(
                 "secure aggregation waits for a cohort that knows of each other: it needs --schedule rounds"
-            )
-        if cohort < 2:
-            raise ConfigError(
-                "secure aggregation: the sum of one client's update hides nothing; ask two or more a round"
             )
         template = suits.template(method, place)
         if any(not leaf.is_floating_point() for leaf in tr.tensors(template)):
             raise NeedsError(f"model '{place.model_of(0)}' counts batches in its buffers, which have no sum; keep "
                              "them at the clients with --buffers local")  # fmt: skip
+        from consilience.privacy.numbers import Simulated
         from consilience.privacy.secret import Secret
 
         assert self.secure is not None
-        return Secret(method, self.secure, template, place.seed, worker.federation.size)
+        return Secret(method, self.secure, template, parties or Simulated(place.seed), worker.federation.size)
 
 
 def fitting(differences: bool) -> str:

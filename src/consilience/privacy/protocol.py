@@ -98,17 +98,21 @@ class Client:
         return sealed
 
     def masked(self, vector: np.ndarray, sealed: Mapping[int, bytes], bits: int) -> np.ndarray:
-        """Third message: the vector under its masks. sealed: the shares that others made for this client, by sender,
-        of those whose vectors are expected. Raises ConsilienceError where they are too few."""
-        if len(sealed) < self.threshold:
-            raise ConsilienceError(f"secure aggregation: shares of {len(sealed)}, threshold {self.threshold}")
-        self._held = dict(sealed)
+        """Third message: the vector under its masks. sealed: as :meth:`hold` takes them."""
+        self.hold(sealed)
         total = vector.astype("<u8") + stream(self._seed, len(vector), bits)
         for j in sealed:
             if j != self.id:
                 pair = stream(_pair(self._mask, self._peers[j].mask, self.id, j), len(vector), bits)
                 total = total + pair if self.id < j else total - pair
         return np.asarray(total & np.uint64(2**bits - 1))
+
+    def hold(self, sealed: Mapping[int, bytes]) -> None:
+        """Keep the shares that others made for this client, by sender, of those whose vectors are expected. Raises
+        ConsilienceError where they are too few."""
+        if len(sealed) < self.threshold:
+            raise ConsilienceError(f"secure aggregation: shares of {len(sealed)}, threshold {self.threshold}")
+        self._held = dict(sealed)
 
     def unmask(self, there: Sequence[int]) -> Unmask:
         """Fourth message. there: whose vectors have come. Raises ConsilienceError where they are too few, or where it

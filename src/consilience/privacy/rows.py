@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,9 +50,11 @@ class RowGuard:
     q = batch / rows by itself, and is what the steps are accounted by."""
 
     def __init__(self, site: Site, rows: int, noise: RowNoise) -> None:
-        self.mechanism = mechanism(site.method, rows, site.streams.torch_seed("row-sample"))
+        own = site.place.noise
+        streams = site.streams if own is None else replace(site.streams, seed=own)
+        self.mechanism = mechanism(site.method, rows, streams.torch_seed("row-sample"))
         self._rows, self._noise, self._site = rows, noise, site
-        self._rng = site.rng("row-noise")
+        self._rng = streams.rng("row-noise")
 
     def batches(self) -> Iterator[Tensor]:
         """Row numbers of each step; perhaps none."""
@@ -143,8 +146,9 @@ class Guarded(Method):
         g = ( sum_{r in B} grad l_r min(1, C / ||grad l_r||) + N(0, z^2 C^2 I) ) / (q n)
 
     so all that a client sends, and every model made of it, hides each of its rows. As many steps as without; all else
-    that the method does with a gradient stays what it is. How many rows a client has is public. Noise comes from the
-    run's seed, so that a run has the same bits: a simulation measures what privacy costs and protects nobody.
+    that the method does with a gradient stays what it is. How many rows a client has is public. In a simulation noise
+    comes from the run's seed, so that a run has the same bits: it measures what privacy costs and protects nobody. At a
+    real site it comes from the site's own secret.
 
     Source: Abadi et al., "Deep Learning with Differential Privacy", CCS 2016. Gradients by row are torch.func's;
     those of Opacus differ from autograd's for convolutions that are laid out with channels last, as they are here.

@@ -1,9 +1,7 @@
-"""Secret sums in simulation: every update is masked, and what the method gets is unmasked as a sum alone."""
+"""Secret sums: every update is masked, and what the method gets is unmasked as a sum alone."""
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,44 +12,12 @@ import torch
 from torch import Tensor
 
 from consilience.core import tree as tr
-from consilience.core.errors import ConsilienceError
-from consilience.core.messages import Released, Reply
+from consilience.core.messages import Refusal, Released, Reply
 from consilience.core.method import Method
-from consilience.core.streams import philox
 from consilience.core.tree import Tree
-from consilience.privacy.protocol import KEY, SEALED, Client, total
+from consilience.privacy.numbers import HEAD, Parties, Recipe, decode
+from consilience.privacy.protocol import KEY, SEALED
 from consilience.privacy.shamir import SHARE
-
-BITS = 48
-"""Numbers are counted modulo 2^BITS."""
-FRACTION = 24
-"""Bits behind the point: numbers are rounded to multiples of 2^-FRACTION."""
-HEAD = 6
-"""Bytes of a number as it is sent."""
-
-
-def encode(vector: np.ndarray, clients: int) -> np.ndarray:
-    """Fixed-point numbers modulo 2^BITS. Raises ConsilienceError where the sum of so many could overflow."""
-    most = 2.0 ** (BITS - 1 - FRACTION) / clients
-    if not np.all(np.abs(vector) < most - 1):
-        raise ConsilienceError(f"secure aggregation: a number in an update is {most:.4g} or larger, or not finite")
-    return np.asarray(np.rint(vector * 2.0**FRACTION).astype("<i8").astype("<u8") & np.uint64(2**BITS - 1))
-
-
-def decode(sums: np.ndarray) -> np.ndarray:
-    """The numbers that a sum stands for: those from 2^(BITS-1) on are negative."""
-    signed = sums.astype("<i8")
-    return np.asarray(np.where(signed >= 2 ** (BITS - 1), signed - 2**BITS, signed) / 2.0**FRACTION)
-
-
-def rounding(numbers: int) -> float:
-    """By how much a vector of so many numbers may be longer than before it was encoded."""
-    return math.sqrt(numbers) * 2.0 ** -(FRACTION + 1)
-
-
-def threshold(share: float, asked: int) -> int:
-    """How many of those who were asked have to be left."""
-    return max(2, math.ceil(share * asked - 1e-9))
 
 
 @dataclass(frozen=True)
@@ -61,18 +27,18 @@ class Secret:
     The weights are those that the method gives to everybody who was asked; the sum is scaled to those that it gives to
     who is left, which differ by one factor for a field.
 
-    Everybody who was asked exchanges keys and shares. Who is lost or refused after that has its masks taken out with
-    the help of the others, at least ``share`` of those asked, and at least two; with fewer the run stops. Bytes of
-    keys, shares and unmasking are counted, those that the server passes on as well; their time on the links is not.
-    Two neighbouring numbers of the encoding are 2^-24 apart, so a sum of n is off by at most n 2^-25 in each place.
+    Who is lost or refused has its masks taken out with the help of the others, at least ``share`` of those asked, and
+    at least two; with fewer the run stops. Bytes of keys, shares and unmasking are counted, those that the server
+    passes on as well; their time on simulated links is not. Two neighbouring numbers of the encoding are 2^-24 apart,
+    so a sum of n is off by at most n 2^-25 in each place.
 
-    Keys come from the seed, for the same bits: it shows costs and exactness, and hides nothing from who has the seed.
+    parties: where the updates are, and their secrets.
     """
 
     method: Method
     share: float
     template: dict[str, Tree]
-    seed: int
+    parties: Parties
     samples: Callable[[int], int]
 
     def init(self) -> None:
@@ -83,7 +49,7 @@ class Secret:
 
     def size(self, update: Any) -> int:
         """A masked number takes BITS bits, whatever it was."""
-        return HEAD * sum(leaf.numel() for leaf in tr.tensors(update))
+        return HEAD * sum(leaf.numel() for leaf in tr.tensors(self.template))
 
     def report(self, version: int, state: None) -> Mapping[str, Any]:
         """What is hidden."""
@@ -93,60 +59,30 @@ class Secret:
         """One secret sum."""
         if not replies:
             return Released(None, None)
-        n, one = len(asked), replies[0].job.client
-        given = self._weights(replies[0], {client: self.samples(client) for client in asked})
-        left = self._weights(replies[0], {reply.job.client: reply.samples for reply in replies})
-        vectors = {
-            r.job.client: self._flat(r.update, {f: w[r.job.client] * n for f, w in given.items()}) for r in replies
-        }
-        sums = self.of(vectors, asked, version)
-        update = self._update(sums, {f: left[f][one] / given[f][one] / n for f in given})
-        return Released(update, None, dict.fromkeys(sorted(asked), traffic(n, len(vectors))))
+        n = len(asked)
+        given = self._weights(replies[0], asked)
+        recipes = {r.job.client: Recipe({f: w[r.job.client] * n for f, w in given.items()}) for r in replies}
+        sums, refused = self.of(recipes, replies, asked, version)
+        left = sorted({reply.job.client for reply in replies} - {refusal.client for refusal in refused})
+        weighed, one = self._weights(replies[0], left), left[0]
+        update = self._update(sums, {f: weighed[f][one] / given[f][one] / n for f in given})
+        return Released(update, None, dict.fromkeys(sorted(asked), traffic(n, len(left))), refused)
 
-    def of(self, vectors: Mapping[int, np.ndarray], asked: Sequence[int], version: int) -> np.ndarray:
-        """The sum of clients' vectors of numbers, of those of ``asked`` who are left. Raises ConsilienceError."""
-        ids = {client: i for i, client in enumerate(sorted(asked), 1)}
-        coded = {ids[client]: encode(vector, len(ids)) for client, vector in vectors.items()}
-        return decode(self.sum(coded, sorted(ids.values()), threshold(self.share, len(ids)), version))
+    def of(
+        self, recipes: Mapping[int, Recipe], replies: Sequence[Reply], asked: Sequence[int], version: int
+    ) -> tuple[np.ndarray, tuple[Refusal, ...]]:
+        """The sum of these replies' numbers, and whose are not in it. Raises ConsilienceError where too few are
+        left."""
+        size = sum(leaf.numel() for leaf in tr.tensors(self.template)) + any(r.clip != "" for r in recipes.values())
+        sums, lost = self.parties.sum(recipes, replies, asked, size=size, share=self.share, version=version)
+        return decode(sums), tuple(Refusal(client, "update", why) for client, why in sorted(lost.items()))
 
-    def sum(
-        self, vectors: Mapping[int, np.ndarray], everybody: Sequence[int], threshold: int, version: int
-    ) -> np.ndarray:
-        """The whole protocol, among clients numbered from 1, of whom those in ``vectors`` send."""
-        if len(vectors) < threshold:
-            raise ConsilienceError(
-                f"round {version + 1}: secure aggregation has {len(vectors)} of {len(everybody)} clients left, "
-                f"{threshold} are needed"
-            )
-        clients = {i: Client(i, threshold, self._random(version, i)) for i in everybody}
-        keys = {i: client.keys() for i, client in clients.items()}
-        sealed = {i: client.shares(keys) for i, client in clients.items()}
-        masked = {
-            i: clients[i].masked(vector, {j: boxes[i] for j, boxes in sealed.items()}, BITS)
-            for i, vector in vectors.items()
-        }
-        answers = {i: clients[i].unmask(list(masked)) for i in masked}
-        return total(masked, answers, keys, threshold, BITS)
-
-    def _random(self, version: int, client: int) -> Callable[[int], bytes]:
-        """Bytes for one client in one round."""
-        rng = philox(self.seed, "secure", version, client)
-        return lambda n: hashlib.shake_256(rng.bytes(32)).digest(n)
-
-    def _weights(self, reply: Reply, samples: Mapping[int, int]) -> dict[str, dict[int, float]]:
-        """The weight of each client in each field, among these clients with so many samples."""
-        asked = [reply._replace(job=reply.job._replace(client=c), samples=n) for c, n in sorted(samples.items())]
+    def _weights(self, reply: Reply, clients: Sequence[int]) -> dict[str, dict[int, float]]:
+        """The weight of each client in each field, among these clients."""
+        asked = [reply._replace(job=reply.job._replace(client=c), samples=self.samples(c)) for c in sorted(clients)]
         found = self.method.sums(asked)
         assert found is not None
-        return {name: dict(zip(sorted(samples), weights, strict=True)) for name, weights in found.items()}
-
-    def _flat(self, update: Any, weights: Mapping[str, float]) -> np.ndarray:
-        parts = [
-            leaf.double().flatten() * weights[name]
-            for name in self.template
-            for leaf in tr.tensors(getattr(update, name))
-        ]
-        return np.asarray(torch.cat(parts).numpy())
+        return {name: dict(zip(sorted(clients), weights, strict=True)) for name, weights in found.items()}
 
     def _update(self, sums: np.ndarray, scales: Mapping[str, float]) -> Any:
         """An update with the sums, scaled by field."""

@@ -29,8 +29,8 @@ def uniform(method: Method) -> Method:
                          "differences (form=delta)") from None  # fmt: skip
 
 
-def why_not(method: Method, place: Place) -> str | None:
-    """Why a method, as it is, cannot run on sums of updates alone; None if it can."""
+def why_not(method: Method, models: int) -> str | None:
+    """Why a method, as it is, cannot run on sums of updates of so many architectures alone; None if it can."""
     program = method.program()
     made = method.sends(method.program()[0])
     if len(program) != 1 or program[0].over != "cohort" or program[0].when != "round":
@@ -41,7 +41,7 @@ def why_not(method: Method, place: Place) -> str | None:
         return "chooses the clients itself"
     if method.counts_rows or method.needs.pooled_data:
         return "uses clients' rows otherwise than through updates"
-    if len(place.architectures) > 1:
+    if models > 1:
         return "has clients of different architectures here"
     return None
 

@@ -1,0 +1,128 @@
+"""The server's part in secret sums among real sites: it passes on keys and shares, and adds up what is masked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from consilience.core.encode import DecodeError, decode, encode
+from consilience.core.errors import ConsilienceError
+from consilience.core.messages import Refusal, Reply
+from consilience.core.tree import Elsewhere, Tree
+from consilience.deploy.masking import unpack
+from consilience.deploy.post import Post
+from consilience.privacy.numbers import BITS, HEAD, Recipe, enough, numbered, threshold
+from consilience.privacy.protocol import KEY, SEALED, Keys, Unmask, total
+from consilience.privacy.shamir import PRIME
+
+
+def kept_there(replies: Sequence[Reply], server: Tree) -> tuple[list[Reply], list[Refusal]]:
+    """The stage before a secret sum: an update that is at its site cannot be looked at, only be missing."""
+    good = [reply for reply in replies if isinstance(reply.update, Elsewhere)]
+    gone = [reply.job.client for reply in replies if not isinstance(reply.update, Elsewhere)]
+    return good, [Refusal(client, "update", "is not at its site") for client in gone]
+
+
+@dataclass(frozen=True)
+class AtSites:
+    """Parties at the sites that ``post`` reaches, by client id. limit: most bytes of an answer. The updates have been
+    made before, so keys go between those who have one; who is lost after that is left out."""
+
+    post: Post
+    names: Sequence[str]
+    limit: int
+
+    def sum(
+        self,
+        recipes: Mapping[int, Recipe],
+        replies: Sequence[Reply],
+        asked: Sequence[int],
+        *,
+        size: int,
+        share: float,
+        version: int,
+    ) -> tuple[np.ndarray, dict[int, str]]:
+        """The protocol, in four messages to each site. Raises ConsilienceError where too few are left."""
+        ids = numbered(asked)
+        held = {ids[reply.job.client]: reply for reply in replies}
+        recipe = {i: recipes[reply.job.client] for i, reply in held.items()}
+        lost: dict[int, str] = {}
+
+        def step(name: str, args: Mapping[int, Tree], read: Callable[[Any], Any]) -> dict[int, Any]:
+            enough(len(args), len(asked), share, version)
+            clients = {i: (held[i].job.client, tree) for i, tree in args.items()}
+            found = self._ask(name, version + 1, clients, read)
+            left_out = set() if name == "unmask" else args.keys() - found.keys()
+            lost.update((held[i].job.client, f"did not go on with the secret sum ({name})") for i in left_out)
+            return found
+
+        keys = step("keys", {i: {"asked": sorted(asked)} for i in held}, _keys)
+        peers = {str(i): [k.seal.hex(), k.mask.hex()] for i, k in keys.items()}
+        boxes = step("shares", {i: {"peers": peers} for i in keys}, partial(_boxes, to=set(keys)))
+        given = {i: {str(j): made[i].hex() for j, made in boxes.items()} for i in boxes}
+        wanted = {i: {"boxes": given[i], "recipe": recipe[i], "key": held[i].update.key} for i in boxes}
+        masked = step("masked", wanted, partial(_vector, size=size))
+        read = partial(_shares, there=set(masked), lost=set(boxes) - set(masked))
+        answers = step("unmask", {i: {"there": sorted(masked)} for i in masked}, read)
+        enough(len(answers), len(asked), share, version)
+        try:
+            sums = total(masked, answers, {i: keys[i] for i in boxes}, threshold(share, len(asked)), BITS)
+        except ValueError as error:
+            raise ConsilienceError(f"round {version + 1}: a secret sum cannot be unmasked: {error}") from None
+        return sums, lost
+
+    def _ask(
+        self, step: str, round: int, args: Mapping[int, tuple[int, Tree]], read: Callable[[Any], Any]
+    ) -> dict[int, Any]:
+        """The answers that come and can be read."""
+        tickets = {
+            i: (self.names[client], self.post.send(self.names[client], "secret", round, {"step": step}, [encode(tree)]))
+            for i, (client, tree) in args.items()
+        }
+        found = {}
+        for i, (name, ticket) in tickets.items():
+            answer = self.post.answer(ticket)
+            if answer.blobs is None:
+                continue  # its reason was told when it came
+            try:
+                (blob,) = answer.blobs
+                found[i] = read(decode(blob, limit=self.limit))
+            except (DecodeError, ValueError, TypeError, KeyError, AttributeError) as error:
+                self.post.tell(name, f"its answer is malformed: {type(error).__name__} {error}")
+        return found
+
+
+def _bytes(text: Any, size: int) -> bytes:
+    found = bytes.fromhex(text)
+    if len(found) != size:
+        raise ValueError(f"{len(found)} bytes, not {size}")
+    return found
+
+
+def _keys(said: Any) -> Keys:
+    return Keys(_bytes(said["seal"], KEY), _bytes(said["mask"], KEY))
+
+
+def _boxes(said: Any, to: set[int]) -> dict[int, bytes]:
+    found = {int(i): _bytes(box, SEALED) for i, box in said.items()}
+    if set(found) != to:
+        raise ValueError("shares for others than those who take part")
+    return found
+
+
+def _vector(said: Any, size: int) -> np.ndarray:
+    if not isinstance(said, torch.Tensor) or said.dtype != torch.uint8 or said.shape != (size, HEAD):
+        raise ValueError(f"no vector of {size} numbers")
+    return unpack(said)
+
+
+def _shares(said: Any, there: set[int], lost: set[int]) -> Unmask:
+    seeds, keys = ({int(i): int(share, 16) for i, share in said[part].items()} for part in ("seeds", "keys"))
+    if set(seeds) != there or set(keys) != lost or not all(0 <= s < PRIME for s in (*seeds.values(), *keys.values())):
+        raise ValueError("shares of others than those who take part")
+    return Unmask(seeds, keys)
