@@ -86,6 +86,7 @@ def test_flower_builds_the_app(here: Path) -> None:
         ("deploy: {sites: [a, b]}\nepsilon: 3\nnoise_multiplier: 1\n", "say the same thing"),
         ("deploy: {sites: [a]}\nsecure: 0.6\n", "hides nothing"),
         ("deploy: {sites: [a]}\nattack: alie:0.2\n", "attack is for simulations"),
+        ('deploy: {sites: [a]}\nrobustness: "0.1"\n', "robustness is for simulations"),
         ("deploy: {sites: [a], test: gone.csv}\n", "gone.csv: no such file"),
         ("deploy: {sites: {a: nonsense}}\n", "not a public key"),
     ],

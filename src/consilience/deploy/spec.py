@@ -126,7 +126,7 @@ def make(run: RunSpec, section: Mapping[str, Any], where: str = "run.yaml") -> D
         raise ConfigError(f"{where}: deploy.{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from None
     config = run.config.model_copy(update={"checkpoint_every": 1, "clients": len(found.sites)})
     default = settle({}).config
-    for key in ("unseen", "drops", "fleet_correlation", "availability", "fleet", "replay", "attack"):
+    for key in ("unseen", "drops", "fleet_correlation", "availability", "fleet", "replay", "attack", "robustness"):
         if getattr(config, key) != getattr(default, key):
             raise ConfigError(f"{where}: {key} is for simulations; real sites are as they are")
     if config.seeds != 1:
