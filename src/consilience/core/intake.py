@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from consilience.core.executor import Executor
-from consilience.core.messages import Job, Reply, Summed
+from consilience.core.messages import Job, Refusal, Reply, Summed
 from consilience.core.method import sums_suffice
 from consilience.core.outbox import size_of
 from consilience.core.setup import Setup
@@ -50,7 +50,8 @@ class Intake:
         program. asked: the clients asked for this version."""
         if self._setup.release is not None:
             good = self._passed(replies, version, server)
-            return good, self._released(good, phase, version, asked), []
+            released, good = self._released(good, phase, version, asked)
+            return good, released, []
         cohort, summed = [reply.job.client for reply in replies], self._summed(replies)
         if summed is not None:
             return list(replies), [summed], cohort
@@ -79,14 +80,21 @@ class Intake:
                 self._setup.recorder.refused(version + 1, refusals)
         return replies
 
-    def _released(self, replies: Sequence[Reply], phase: int, version: int, asked: Collection[int]) -> list[Reply]:
-        """One reply with what may be known of these, and nothing else of them."""
+    def _released(
+        self, replies: Sequence[Reply], phase: int, version: int, asked: Collection[int]
+    ) -> tuple[list[Reply], list[Reply]]:
+        """One reply with what may be known of these, and nothing else of them; and those that are in it."""
         assert self._setup.release is not None
-        update, self.state, traffic = self._setup.release(replies, sorted(asked), version, self.state)
+        update, self.state, traffic, left = self._setup.release(replies, sorted(asked), version, self.state)
         for client, (up, down) in traffic.items():
             self._spend(Totals(up, down), client)
         nobody = Job(-1, -1, 0, 0, version, phase)
-        return [] if update is None else [Reply(nobody, update, 1, 0, 0, 0, 0.0, math.nan)]
+        lost = [reply.job.client for reply in replies if left is not None and reply.job.client not in left]
+        if lost:
+            refusals = [Refusal(client, "update", "was lost before the sum was made") for client in lost]
+            self._setup.recorder.refused(version + 1, refusals)
+        given = [] if update is None else [Reply(nobody, update, 1, 0, 0, 0, 0.0, math.nan)]
+        return given, [reply for reply in replies if reply.job.client not in lost]
 
     def _summed(self, replies: Sequence[Reply]) -> Reply | None:
         """One reply that holds the sums of these, if they were added up where they were made."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple, Protocol, get_args, get_type_hints
 
 import numpy as np
@@ -254,11 +254,12 @@ class Refusal(NamedTuple):
 
 class Released(NamedTuple):
     """What a :class:`Release` gives: the sums as an update (None: nothing), its new state, and bytes that were sent for
-    it beside the updates, as (up, down) by client."""
+    it beside the updates, as (up, down) by client. left: whose updates are in the sums (None: all that were given)."""
 
     update: Tree
     state: Tree
     traffic: Mapping[int, tuple[int, int]] = {}
+    left: Collection[int] | None = None
 
 
 class Release(Protocol):

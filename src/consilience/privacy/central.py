@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -102,7 +102,7 @@ class Central:
 
     def __call__(self, replies: Sequence[Reply], asked: Sequence[int], version: int, state: State) -> Released:
         """One private release."""
-        sums, short = self._sums(replies, state.norm, asked, version)
+        sums, short, left = self._sums(replies, state.norm, asked, version)
         key = self._key(version, sums, short, state)
         self._spend(version, key, state.norm)
         nodes = state.nodes
@@ -116,11 +116,14 @@ class Central:
         else:
             signs = [(1.0, key)]
         update = {field: self._noised(field, part, state.norm, signs) for field, part in sums.items()}
-        more = {} if self.masked is None else dict.fromkeys(sorted(asked), traffic(len(asked), len(replies)))
-        return Released(self.made(**update), State(self._next(state.norm, short, key), nodes), more)
+        more = {} if self.masked is None else dict.fromkeys(sorted(asked), traffic(len(asked), len(left)))
+        return Released(self.made(**update), State(self._next(state.norm, short, key), nodes), more, left)
 
-    def _sums(self, replies: Sequence[Reply], norm: float, asked: Sequence[int], version: int) -> tuple[Fields, float]:
-        """The weighted sum of each field, and how many updates were at most ``norm`` long, less half of all."""
+    def _sums(
+        self, replies: Sequence[Reply], norm: float, asked: Sequence[int], version: int
+    ) -> tuple[Fields, float, Collection[int]]:
+        """The weighted sum of each field; how many updates were at most ``norm`` long, less half of all; whose are in
+        it."""
         if self.masked is not None:
             return self._masked(self.masked, replies, norm, asked, version)
         parts: list[Fields] = []
@@ -130,27 +133,31 @@ class Central:
             short += 0.5 if within else -0.5
             parts.append(self._fields(vector))
         if not parts:
-            return {name: tr.zeros_like(part) for name, part in self.template.items()}, 0.0
-        return {
-            name: weighted_sum([fields[name] for fields in parts], [self.weights[name]] * len(parts))
-            for name in self.template
-        }, short
+            return {name: tr.zeros_like(part) for name, part in self.template.items()}, 0.0, ()
+        return (
+            {
+                name: weighted_sum([fields[name] for fields in parts], [self.weights[name]] * len(parts))
+                for name in self.template
+            },
+            short,
+            [reply.job.client for reply in replies],
+        )
 
     def _masked(
         self, masked: Secret, replies: Sequence[Reply], norm: float, asked: Sequence[int], version: int
-    ) -> tuple[Fields, float]:
+    ) -> tuple[Fields, float, Collection[int]]:
         """The same by secret sums: of the unweighted updates, since all weights are alike."""
         like = [leaf for part in self.template.values() for leaf in part.values()]
         bound = norm - rounding(sum(leaf.numel() for leaf in like))
         if bound <= 0:
             raise ConsilienceError(f"--dp-clip: a norm of {norm:g} is lost in the rounding of secret sums")
         recipe = Recipe(dict.fromkeys(self.template, 1.0), str(self.clip), bound)
-        sums, _ = masked.of({reply.job.client: recipe for reply in replies}, replies, asked, version)
+        sums, left = masked.of({reply.job.client: recipe for reply in replies}, replies, asked, version)
         ends = np.cumsum([leaf.numel() for leaf in like])
         rows = [torch.from_numpy(row).reshape(leaf.shape)
                 for row, leaf in zip(np.split(sums[:-1], ends[:-1]), like, strict=True)]  # fmt: skip
         fields = self._fields(rows)
-        return {name: tr.scale(part, self.weights[name]) for name, part in fields.items()}, float(sums[-1])
+        return {name: tr.scale(part, self.weights[name]) for name, part in fields.items()}, float(sums[-1]), left
 
     def _vector(self, reply: Reply) -> list[Tensor]:
         """An update's tensors, field by field."""

@@ -65,7 +65,7 @@ class Secret:
         sums, left = self.of(recipes, replies, asked, version)
         weighed, one = self._weights(replies[0], sorted(left)), min(left)
         update = self._update(sums, {f: weighed[f][one] / given[f][one] / n for f in given})
-        return Released(update, None, dict.fromkeys(sorted(asked), traffic(n, len(left))))
+        return Released(update, None, dict.fromkeys(sorted(asked), traffic(n, len(left))), left)
 
     def of(
         self, recipes: Mapping[int, Recipe], replies: Sequence[Reply], asked: Sequence[int], version: int
