@@ -63,7 +63,7 @@ def play(
         seen, state = [], State(1.0)
         for version in range(mechanism.rounds):
             there = present and 0 in mechanism.draw(version, IDS)
-            update, state, _ = one([reply(sends(version))] if there else [], [], version, state)
+            update, state, *_ = one([reply(sends(version))] if there else [], [], version, state)
             seen.append(float(update.delta["w"]) * mechanism.cohort)
         scores.append(score(np.array(seen)))
     return np.array(scores)

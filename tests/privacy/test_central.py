@@ -141,7 +141,7 @@ def test_a_tree_gives_prefix_sums_with_few_nodes() -> None:
     release = central(Tree(80, 10, 8), noise=1.0, size=size)
     state, total = release.init(), torch.zeros(size + 1)
     for t in range(1, 9):
-        update, state, _ = release([], [], t - 1, state)
+        update, state, *_ = release([], [], t - 1, state)
         total = total + flat(update)
         assert float(total.std()) == pytest.approx(0.1 * t.bit_count() ** 0.5, rel=0.03), t
         assert len(state.nodes) == t.bit_count()
