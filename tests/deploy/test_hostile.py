@@ -146,7 +146,8 @@ def test_an_update_is_clipped_to_the_norm_that_was_told(deployed: Make) -> None:
     run.run(wire)
     masked, (blob,) = sent(wire, "masked")
     args = decode(blob)
-    for i, norm in enumerate((0.4, float("nan"), float("inf"), "1"), 1):
+    norms: list[Any] = [0.4, float("nan"), float("inf"), "1"]
+    for i, norm in enumerate(norms, 1):
         wanted = bytes(encode({**args, "recipe": Recipe({"delta": 1.0}, "0.3", norm)}))
         assert "clipped otherwise" in ask(run, masked, [wanted], i)["refused"]
 
@@ -199,7 +200,7 @@ def test_what_stands_for_an_update_has_a_name(kept: Any, deployed: Make) -> None
         if node != 102 or down or asked[-1] != "train":
             return message
         head = {k: v for k, v in json.loads(message.head).items() if k != "blobs"}
-        blobs = [encode(Elsewhere(kept, "")), message.blobs[1]]
+        blobs = [bytes(encode(Elsewhere(kept, ""))), message.blobs[1]]
         return seal(read_private(run.sites[2] / "site.key"), head, blobs)
 
     folder = run.run(Direct(run.sites, spoil))
