@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from consilience.core import tree as tr
 from consilience.core.encode import encode as encode_tree
+from consilience.core.errors import CheckpointError, ConsilienceError
 from consilience.core.tree import Tree
 from consilience.deploy.keys import write_secret
 from consilience.deploy.policy import PolicyError
@@ -32,8 +34,8 @@ STEPS = ("keys", "shares", "masked", "unmask")
 @dataclass(frozen=True)
 class Session:
     """What a site has said in a round. round: 0 if in none. peers: public keys by number in the protocol. held: shares
-    that others made for this site. masked: a hash of what was asked for when the update was masked. key: of that
-    update. last: of the one of the session before. there: whose shares were given."""
+    that others made for this site. masked: a hash of the update that was masked and of what was asked for. key: of
+    that update. last: of the one of the session before. there: whose shares were given."""
 
     round: int = 0
     asked: list[int] = field(default_factory=list)
@@ -73,6 +75,10 @@ class Masking:
             return self._unmask(session, sorted({int(i) for i in args["there"]}))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PolicyError(f"malformed message of a secret sum: {type(error).__name__}") from None
+        except (PolicyError, CheckpointError):
+            raise
+        except ConsilienceError as error:  # the protocol's own words, which tell nothing of data
+            raise PolicyError(str(error)) from None
 
     def _keep(self, session: Session) -> None:
         write_secret(self.path, json.dumps(asdict(session)).encode())
@@ -118,12 +124,13 @@ class Masking:
     def _masked(
         self, session: Session, boxes: dict[str, str], recipe: Any, key: str, update: Callable[[str], Tree]
     ) -> Tree:
-        asked_for = hashlib.sha256(encode_tree((boxes, recipe, key))).hexdigest()
-        if session.masked not in ("", asked_for) or key == session.last:
-            raise PolicyError(f"in round {session.round} this site has masked its update already")
         if not session.peers or not isinstance(recipe, Recipe):
             raise ValueError("no keys, or no recipe")
-        whole = encode(numbers(update(key), recipe), len(session.asked))
+        own = None if key <= session.last else update(key)  # keys go up from job to job
+        asked_for = hashlib.sha256(encode_tree((boxes, recipe, key, tr.digest(own)))).hexdigest()
+        if own is None or session.masked not in ("", asked_for):
+            raise PolicyError(f"in round {session.round} this site has masked its update already")
+        whole = encode(numbers(own, recipe), len(session.asked))
         held = {int(i): bytes.fromhex(box) for i, box in boxes.items()}
         vector = self._client(session).masked(whole, held, BITS)
         self._keep(replace(session, held=dict(boxes), masked=asked_for, key=key))

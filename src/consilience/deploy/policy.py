@@ -80,6 +80,9 @@ def smallest(told: Mapping[str, Any]) -> int:
     cohort = cohort_size(config["participation"], len(told["sites"]))
     if config["secure"] is not None:
         return threshold(config["secure"], cohort)
+    noisy = any(config.get(key) is not None for key in ("epsilon", "noise_multiplier"))
+    if noisy and config["dp_mechanism"] == "poisson" and cohort < len(told["sites"]):
+        return 1
     schedule = config["schedule"] or methods.make(told["method"], told["options"]).default_schedule()
     kind, _, number = schedule.partition(":")
     if kind in ("async", "interval", "tiered", "deadline"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +35,7 @@ from consilience.deploy.keys import read_private, read_public
 from consilience.deploy.masking import Masking
 from consilience.deploy.policy import PolicyError
 from consilience.deploy.seal import ANY, Sealed, SealError, Window, open_sealed, seal
-from consilience.deploy.spec import PROTOCOL
+from consilience.deploy.spec import ID, PROTOCOL
 from consilience.deploy.store import Store
 from consilience.folder import read_lines, versions
 from consilience.privacy.options import Privacy
@@ -127,7 +128,7 @@ class Home:
     def _run(self, head: Mapping[str, Any]) -> tuple[Path, int]:
         """The folder of a message's deployment, and the message's number."""
         name, number = head["run"], head["number"]
-        if not isinstance(name, str) or not name or Path(name).name != name or not isinstance(number, int):
+        if not isinstance(name, str) or not re.fullmatch(ID, name) or not isinstance(number, int):
             raise SealError("malformed: no run or number")
         folder = self.folder / "runs" / name
         if head["kind"] != "hello" and not (folder / "told.json").exists():
@@ -178,7 +179,6 @@ class Home:
         if last is not None and head["round"] > last + (name == "judge"):  # judging names the round to come
             raise PolicyError(f"the policy allows {self.policy.rounds} rounds, not {head['round']}")
         worker = self._worker(told, run)
-        worker = replace(worker, place=replace(worker.place, noise=budget.seed(self.folder, blobs)))
         limit = self.about.max_bytes
         try:
             shared, args = decode(blobs[0], limit=limit), decode(blobs[1], limit=limit)
@@ -187,13 +187,20 @@ class Home:
         job = args[0]
         if not isinstance(job, Job) or job.client != told["sites"].index(self.about.name):
             raise PolicyError("malformed message: the job is not this site's")
+        if job.steps is not None and (type(job.steps) is not int or job.steps < 0):
+            raise PolicyError("malformed message: steps are a whole number, 0 or more")
+        if name in ("send", "mix") and told["config"]["secure"] is not None:
+            raise PolicyError("with secret sums nothing goes among neighbours")
         store = Store(run / "states")
+        given = tuple(store.get(arg) if isinstance(arg, Elsewhere) else arg for arg in args)
         cost = None
+        if worker.method.row_noise != "none":
+            blobs = self._asked(worker, run, blobs, given)
+            worker = replace(worker, place=replace(worker.place, noise=budget.seed(self.folder, blobs)))
         if name == "train" or (name == "judge" and args[-1]):
             cost = budget.cost(worker.method, len(worker.federation.data(job.client).train), job.steps, blobs)
             budget.check(self.policy, self._ledger(), cost)
         began = time.perf_counter()
-        given = tuple(store.get(arg) if isinstance(arg, Elsewhere) else arg for arg in args)
         result = worker.run(Call(name, given, shared))
         seconds = time.perf_counter() - began
         if name in ("train", "mix"):
@@ -214,6 +221,12 @@ class Home:
                 raise PolicyError("the policy lets no scores leave")
             return Said({}, [encode(tuple(self._scored(score) for score in result))], {"scores": 0}, cost)
         return Said({}, [encode(result)], ledger.fields_of(result))
+
+    def _asked(self, worker: Worker, run: Path, blobs: Sequence[bytes], given: tuple[Tree, ...]) -> list[bytes]:
+        """All that an answer depends on: the deployment, what is asked in it, and this site's state and rows."""
+        files = [(run / name).read_bytes() for name in ("told.json", "about.json", "shared.safetensors")]
+        rows = worker.federation.data(given[0].client).train
+        return [*files, *blobs, tr.digest((given[1:], rows.x, rows.y)).encode()]
 
     def _held(self, worker: Worker, job: Job, work: Work, run: Path) -> Work:
         """A job's result whose update stays here, for a secret sum: nobody else can look at it, so it is looked at
@@ -241,7 +254,7 @@ class Home:
             recipe = args.get("recipe")
         except (DecodeError, ValueError, AttributeError) as error:
             raise PolicyError(f"malformed message: {error}") from None
-        if recipe is not None and getattr(recipe, "clip", None) != Privacy.of(config).clips:
+        if recipe is not None and not Privacy.of(config).clips_so(recipe):
             raise PolicyError("this update is to be clipped otherwise than the deployment says")
         masking = Masking(
             run / "secret.json", told["sites"].index(self.about.name), config["secure"], self.policy.minimum_cohort

@@ -17,6 +17,8 @@ from consilience.core.events import cohort_size
 from consilience.experiment import RunSpec, specs
 from consilience.privacy.options import KEYS, Privacy
 
+ID = "[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}"
+"""Of deployments, which are folders at the sites."""
 PROTOCOL = 3
 """Of our messages; both ends must have the same."""
 
@@ -26,7 +28,7 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    id: str = Field("", pattern="^[A-Za-z0-9_.-]*$", description="names this deployment at the sites")
+    id: str = Field("", pattern=f"^({ID})?$", description="names this deployment at the sites")
     sites: dict[str, str] = Field(min_length=1, description="the sites' names and public keys, in order: ids 0, 1, ...")
     key: str = Field("", description="the server's public key")
     target: str | None = Field(None, description="the column to predict, in sites' tables")

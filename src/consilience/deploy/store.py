@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from consilience.core.errors import CheckpointError
 from consilience.core.tree import Elsewhere, Tree
 
 SUFFIX = ".safetensors"
+KEY = re.compile(r"\d{10}-\d{2}", re.ASCII)
 
 
 class Store:
@@ -33,6 +35,8 @@ class Store:
         """A state that was kept. Raises CheckpointError."""
         if name is None:
             return None
+        if not isinstance(name.key, str) or not KEY.fullmatch(name.key):
+            raise CheckpointError(f"no name of a state: {name.key!r}")
         path = self.folder / f"{name.key}{SUFFIX}"
         try:
             state = decode(read_whole(path), copy=False)

@@ -17,7 +17,7 @@ from consilience.core.tree import Elsewhere, Tree
 from consilience.deploy.masking import unpack
 from consilience.deploy.post import Post
 from consilience.privacy.numbers import BITS, HEAD, Recipe, enough, numbered, threshold
-from consilience.privacy.protocol import KEY, SEALED, Keys, Unmask, total
+from consilience.privacy.protocol import KEY, SEALED, Keys, Unmask, total, usable
 from consilience.privacy.shamir import PRIME
 
 
@@ -92,7 +92,7 @@ class AtSites:
             try:
                 (blob,) = answer.blobs
                 found[i] = read(decode(blob, limit=self.limit))
-            except (DecodeError, ValueError, TypeError, KeyError, AttributeError) as error:
+            except (DecodeError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
                 self.post.tell(name, f"its answer is malformed: {type(error).__name__} {error}")
         return found
 
@@ -105,7 +105,10 @@ def _bytes(text: Any, size: int) -> bytes:
 
 
 def _keys(said: Any) -> Keys:
-    return Keys(_bytes(said["seal"], KEY), _bytes(said["mask"], KEY))
+    keys = Keys(_bytes(said["seal"], KEY), _bytes(said["mask"], KEY))
+    for key in keys:  # of a point of low order the others could make nothing, and would all be lost
+        usable(key)
+    return keys
 
 
 def _boxes(said: Any, to: set[int]) -> dict[int, bytes]:

@@ -130,6 +130,8 @@ def _read(call: str, answer: Answer, limit: int) -> Tree:
             raise ValueError("no work behind")
         if type(work.loss) is not float:
             raise ValueError("no loss")
+        if isinstance(update, Elsewhere):
+            _kept(update)
         return work._replace(update=update, before=_score(work.before), after=_score(work.after)), _kept(state)
     if call == "judge":
         before, after, valid = map(_score, parts[0])

@@ -83,6 +83,13 @@ class Privacy:
         """How clients clip what is added up in secret; empty where they do not."""
         return str(parse(self.clip)) if self.asked else ""
 
+    def clips_so(self, recipe: Any) -> bool:
+        """Whether a recipe clips as this says; an adaptive bound may be any."""
+        clip, norm = getattr(recipe, "clip", None), getattr(recipe, "norm", None)
+        own = parse(self.clip)
+        most = math.inf if own.kind == "adaptive" else own.norm
+        return clip == self.clips and (not self.asked or (type(norm) is float and 0 < norm <= most))
+
     def method(self, method: Method) -> Method:
         """The method as it runs with this."""
         return suits.uniform(method) if self.asked else method

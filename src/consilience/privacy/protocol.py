@@ -23,6 +23,7 @@ from consilience.core.errors import ConfigError, ConsilienceError
 from consilience.privacy.shamir import SHARE, join, split
 
 try:
+    from cryptography.exceptions import InvalidTag
     from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
     from cryptography.hazmat.primitives.ciphers import Cipher
     from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
@@ -56,6 +57,11 @@ def stream(key: bytes, size: int, bits: int) -> np.ndarray:
     encryptor = Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor()
     raw = np.frombuffer(encryptor.update(bytes(size * 8)), dtype="<u8")
     return np.asarray(raw & np.uint64(2**bits - 1))
+
+
+def usable(public: bytes) -> None:
+    """Raise ValueError where no secret can be agreed on with this key."""
+    X25519PrivateKey.generate().exchange(X25519PublicKey.from_public_bytes(public))
 
 
 def _agree(private: X25519PrivateKey, public: bytes, purpose: bytes, low: int, high: int) -> bytes:
@@ -115,14 +121,17 @@ class Client:
         self._held = dict(sealed)
 
     def unmask(self, there: Sequence[int]) -> Unmask:
-        """Fourth message. there: whose vectors have come. Raises ConsilienceError where they are too few, or where it
-        was asked before: two answers could give away both secrets of a client."""
+        """Fourth message. there: whose vectors have come. Raises ConsilienceError where they are too few, where it was
+        asked before (two answers could give away both secrets of a client), or where shares are none."""
         if len(set(there)) < self.threshold or self._answered or not set(there) <= set(self._held):
             raise ConsilienceError(f"secure aggregation: {len(set(there))} have sent, threshold {self.threshold}")
         self._answered = True
         seeds, keys = {}, {}
         for i, box in self._held.items():
-            plain = ChaCha20Poly1305(self._box(i, i, self.id)).decrypt(bytes(12), box, None)
+            try:
+                plain = ChaCha20Poly1305(self._box(i, i, self.id)).decrypt(bytes(12), box, None)
+            except InvalidTag:
+                raise ConsilienceError(f"secure aggregation: the shares of client {i} cannot be opened") from None
             seed, key = int.from_bytes(plain[:SHARE], "big"), int.from_bytes(plain[SHARE:], "big")
             if i in there:
                 seeds[i] = seed
