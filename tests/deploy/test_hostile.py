@@ -63,7 +63,7 @@ def spoiled(run: Deployed, step: str, nonsense: Any) -> Direct:
 
 
 def test_the_same_message_in_another_deployment_is_another_question(deployed: Make) -> None:
-    """With other noise, and paid for, although its bytes are the same."""
+    """With other noise, and paid for, although its bytes are the same. A deployment that has begun stays what it is."""
     run = deployed(ROWS, rounds="1", clients="3", eval_clients_every="0")
     wire = Direct(run.sites)
     run.run(wire)
@@ -73,8 +73,10 @@ def test_the_same_message_in_another_deployment_is_another_question(deployed: Ma
     ask(run, train, blobs, 1)
     assert budget.spent(budget.costs(ledger.read(run.sites[0])), 1e-5) == budget.spent(before, 1e-5)
     hello["told"]["options"]["row_noise"] = "9.0:0.5"
-    ask(run, hello, [], 2)
-    ask(run, train, blobs, 3)
+    assert "another configuration" in ask(run, hello, [], 2)["refused"]
+    begin, shared = sent(wire, "begin")
+    for number, (head, parts) in enumerate([(hello, ()), (begin, shared), (train, blobs)], 3):
+        ask(run, {**head, "run": "other"}, parts, number)
     after = budget.costs(ledger.read(run.sites[0]))
     assert len({one.id for one in after}) == len({one.id for one in before}) + 1
     assert budget.spent(after, 1e-5) > budget.spent(before, 1e-5)
@@ -227,4 +229,4 @@ def test_a_site_that_is_lost_in_the_sum_keeps_its_old_state(deployed: Make, tmp_
     ours = run.run(Direct(run.sites, losing("masked"))).path
     theirs = other.run(Direct(other.sites, losing("train"))).path
     assert digest(ours).split("\n")[1] == digest(theirs).split("\n")[1]
-    assert "lost before the sum" in (ours / "refused.jsonl").read_text()
+    assert "did not go on with the secret sum" in (ours / "refused.jsonl").read_text()

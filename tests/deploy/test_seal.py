@@ -88,7 +88,7 @@ def test_what_a_signed_message_must_still_be(done: tuple[Deployed, Direct]) -> N
     from consilience.core.tree import Elsewhere
 
     lost = encode((job, Elsewhere("../../../etc/passwd", "0")))
-    assert "lost its state" in asked(blobs=[message.blobs[0], lost])
+    assert "no name of a state" in asked(blobs=[message.blobs[0], lost])
 
 
 @pytest.mark.parametrize("how", ["signature", "body", "other site", "earlier answer", "malformed tree"])

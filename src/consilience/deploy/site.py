@@ -163,6 +163,8 @@ class Home:
         if self.about.name not in told["sites"]:
             raise PolicyError(f"this site is called {self.about.name}, which is not among the deployment's sites")
         policy.check(self.policy, self.about.data, told)
+        if (run / "about.json").exists() and _json(run / "told.json") != json.loads(json.dumps(told)):
+            raise PolicyError("this deployment began here with another configuration; give this one another deploy.id")
         facts = self._own(told).facts()
         if facts["statistics"] is not None and "statistics" not in self.policy.server_sees:
             raise PolicyError("the policy lets no statistics leave, which a table needs to be made into inputs")
@@ -193,12 +195,11 @@ class Home:
             raise PolicyError("with secret sums nothing goes among neighbours")
         store = Store(run / "states")
         given = tuple(store.get(arg) if isinstance(arg, Elsewhere) else arg for arg in args)
-        cost = None
-        if worker.method.row_noise != "none":
-            blobs = self._asked(worker, run, blobs, given)
-            worker = replace(worker, place=replace(worker.place, noise=budget.seed(self.folder, blobs)))
+        asked, cost = self._asked(worker, run, blobs, given), None
+        if asked:
+            worker = replace(worker, place=replace(worker.place, noise=budget.seed(self.folder, asked)))
         if name == "train" or (name == "judge" and args[-1]):
-            cost = budget.cost(worker.method, len(worker.federation.data(job.client).train), job.steps, blobs)
+            cost = budget.cost(worker.method, len(worker.federation.data(job.client).train), job.steps, asked)
             budget.check(self.policy, self._ledger(), cost)
         began = time.perf_counter()
         result = worker.run(Call(name, given, shared))
@@ -223,7 +224,10 @@ class Home:
         return Said({}, [encode(result)], ledger.fields_of(result))
 
     def _asked(self, worker: Worker, run: Path, blobs: Sequence[bytes], given: tuple[Tree, ...]) -> list[bytes]:
-        """All that an answer depends on: the deployment, what is asked in it, and this site's state and rows."""
+        """All that an answer with noise depends on: the deployment, what is asked in it, this site's state and rows.
+        Nothing where there is no noise."""
+        if worker.method.row_noise == "none":
+            return []
         files = [(run / name).read_bytes() for name in ("told.json", "about.json", "shared.safetensors")]
         rows = worker.federation.data(given[0].client).train
         return [*files, *blobs, tr.digest((given[1:], rows.x, rows.y)).encode()]
