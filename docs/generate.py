@@ -46,6 +46,7 @@ def files() -> dict[Path, str]:
         "personalisation": measured("personalisation"),
         "tracking": measured("tracking"),
         "decentralised": measured("decentralised"),
+        "minimax": measured("minimax"),
         "privacy": measured("privacy"),
         "attacks": measured("attacks"),
         "cluster": cluster(),

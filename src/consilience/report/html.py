@@ -32,6 +32,7 @@ from consilience.report.sections import (
 )
 from consilience.report.targets import target_section
 from consilience.report.timeline import timelines
+from consilience.report.traffic import lines, traffic_section
 from consilience.report.trust import guarded, trust_section
 from consilience.report.tuned import read_tuning, tuning_section
 
@@ -41,6 +42,7 @@ SECTIONS: list[tuple[str, str, Callable[[Facts, int], str]]] = [
     ("certainty", "How sure", certainty_section),
     ("curves", "Learning curves", curves_section),
     ("target", "Cost to reach the target", target_section),
+    ("traffic", "What bytes buy", traffic_section),
     ("clients", "Who gains, who loses", clients_section),
     ("clusters", "Personal models and clusters", clusters_section),
     ("architectures", "Architectures", architectures_section),
@@ -108,6 +110,7 @@ def render(facts: Facts) -> str:
         "leaderboard": alone and len(facts.seeds) == 1,
         "certainty": alone,
         "target": facts.compare.get("target") is None,
+        "traffic": alone or not lines(facts),
         "tuning": read_tuning(facts.folder) is None,
         "architectures": len(architectures(facts)) < 2,
         "clusters": not personal(facts),
