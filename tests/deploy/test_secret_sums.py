@@ -28,6 +28,7 @@ from consilience.folder import read_lines
 from consilience.privacy.numbers import BITS, Recipe
 
 from .conftest import Direct, Make
+from .test_private_sites import copied
 from .test_same import numbers
 
 MASKED = {"secure": "0.6", "clients": "4"}
@@ -215,6 +216,36 @@ def test_a_server_that_dies_in_a_sum(deployed: Make) -> None:
         run.run(Direct(run.sites, stop))
     folder = run.run()
     assert digest(folder.path).split("\n")[:2] == simulated.digest.split("\n")[:2]
+
+
+def test_a_server_that_dies_in_a_sum_and_a_site_that_is_gone_then(deployed: Make, tmp_path: Path) -> None:
+    """Others have masked their updates for a sum with it, so it goes on, and the site is lost in it."""
+    run = deployed("scaffold", rounds="2", eval_clients_every="0", **MASKED)
+    other = copied(run, tmp_path / "other")
+    masked = 0
+
+    def stop(node: int, message: Sealed, down: bool) -> Sealed:
+        nonlocal masked
+        masked += down and steps(message) == "masked"
+        if masked == 3:
+            raise KeyboardInterrupt
+        return message
+
+    def lose(*at: str) -> Callable[[int, Sealed, bool], Sealed | Trouble]:
+        return lambda node, message, down: (
+            Trouble("x", False) if down and node == 101 and steps(message) in at else message
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        run.run(Direct(run.sites, stop))
+    ours = run.run(Direct(run.sites, lose("train", "keys", "shares", "masked"))).path
+
+    def lost_too(node: int, message: Sealed, down: bool) -> Sealed | Trouble:
+        at = "masked" if json.loads(message.head)["round"] == 1 else "train"
+        return Trouble("x", False) if down and node == 101 and steps(message) == at else message
+
+    theirs = other.run(Direct(other.sites, lost_too)).path
+    assert digest(ours).split("\n")[0] == digest(theirs).split("\n")[0]
 
 
 def test_what_the_policy_lets_leave(deployed: Make) -> None:

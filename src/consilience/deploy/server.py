@@ -48,6 +48,7 @@ from consilience.wire.decode import stages
 
 EVENTS = "events.jsonl"
 ARRIVALS = "arrivals.jsonl"
+SUM = "sum.json"
 
 
 @dataclass
@@ -191,9 +192,9 @@ class Server:
             worker, participation=config.participation, clock=clock, schedule=config.schedule,
             concurrency=config.concurrency, over_selection=config.over_selection, late=config.late,
         )  # fmt: skip
+        sites = AtSites(post, deployment.names, deployment.section.max_bytes, recorder.path / SUM) if secret else None
         release = Privacy.of(config.model_dump()).release(
-            worker, schedule, rounds=config.rounds, cohort=cohort, available=True, folder=recorder.path,
-            parties=AtSites(post, deployment.names, deployment.section.max_bytes) if secret else None,
+            worker, schedule, rounds=config.rounds, cohort=cohort, available=True, folder=recorder.path, parties=sites,
             secret=self._noise(),
         )  # fmt: skip
         return Setup(

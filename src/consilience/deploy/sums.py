@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from consilience.core.checkpoint import write_atomically
 from consilience.core.encode import DecodeError, decode, encode
 from consilience.core.errors import ConsilienceError
 from consilience.core.messages import Refusal, Reply
@@ -28,14 +31,24 @@ def kept_there(replies: Sequence[Reply], server: Tree) -> tuple[list[Reply], lis
     return good, [Refusal(client, "update", "is not at its site") for client in gone]
 
 
+class Begun(NamedTuple):
+    """Keys, and boxes of shares for the others, of who takes part, by number in the protocol."""
+
+    keys: dict[int, Keys]
+    boxes: dict[int, dict[int, bytes]]
+
+
 @dataclass(frozen=True)
 class AtSites:
-    """Parties at the sites that ``post`` reaches, by client id. limit: most bytes of an answer. The updates have been
-    made before, so keys go between those who have one; who is lost after that is left out."""
+    """Parties at the sites that ``post`` reaches, by client id. limit: most bytes of an answer. file: where keys and
+    boxes of the sum under way are kept, since a site that has masked its update goes on with no others: a server that
+    died goes on with these, whoever is gone meanwhile. The updates have been made before, so keys go between those who
+    have one; who is lost after that is left out."""
 
     post: Post
     names: Sequence[str]
     limit: int
+    file: Path
 
     def sum(
         self,
@@ -61,20 +74,43 @@ class AtSites:
             lost.update((held[i].job.client, f"did not go on with the secret sum ({name})") for i in left_out)
             return found
 
-        keys = step("keys", {i: {"asked": sorted(asked)} for i in held}, _keys)
-        peers = {str(i): [k.seal.hex(), k.mask.hex()] for i, k in keys.items()}
-        boxes = step("shares", {i: {"peers": peers} for i in keys}, partial(_boxes, to=set(keys)))
-        given = {i: {str(j): made[i].hex() for j, made in boxes.items()} for i in boxes}
-        wanted = {i: {"boxes": given[i], "recipe": recipe[i], "key": held[i].update.key} for i in boxes}
+        begun = self._begun(version, asked)
+        if begun is None:
+            found = step("keys", {i: {"asked": sorted(asked)} for i in held}, _keys)
+            peers = {str(i): [k.seal.hex(), k.mask.hex()] for i, k in found.items()}
+            boxes = step("shares", {i: {"peers": peers} for i in found}, partial(_boxes, to=set(found)))
+            begun = Begun({i: found[i] for i in boxes}, boxes)
+            self._begin(version, asked, begun)
+        keys, boxes = begun
+        for i in held.keys() - boxes.keys():
+            lost.setdefault(held[i].job.client, "was not there when the secret sum began")
+        given = {i: {str(j): made[i].hex() for j, made in boxes.items()} for i in boxes.keys() & held.keys()}
+        wanted = {i: {"boxes": given[i], "recipe": recipe[i], "key": held[i].update.key} for i in sorted(given)}
         masked = step("masked", wanted, partial(_vector, size=size))
         read = partial(_shares, there=set(masked), lost=set(boxes) - set(masked))
         answers = step("unmask", {i: {"there": sorted(masked)} for i in masked}, read)
         enough(len(answers), len(asked), share, version)
         try:
-            sums = total(masked, answers, {i: keys[i] for i in boxes}, threshold(share, len(asked)), BITS)
+            sums = total(masked, answers, keys, threshold(share, len(asked)), BITS)
         except ValueError as error:
             raise ConsilienceError(f"round {version + 1}: a secret sum cannot be unmasked: {error}") from None
         return sums, lost
+
+    def _begin(self, version: int, asked: Sequence[int], begun: Begun) -> None:
+        """Keep what a sum began with, before anybody masks an update for it."""
+        keys = {i: [k.seal.hex(), k.mask.hex()] for i, k in begun.keys.items()}
+        boxes = {i: {j: box.hex() for j, box in made.items()} for i, made in begun.boxes.items()}
+        told = {"version": version, "asked": sorted(asked), "keys": keys, "boxes": boxes}
+        write_atomically(self.file, json.dumps(told))
+
+    def _begun(self, version: int, asked: Sequence[int]) -> Begun | None:
+        """What this very sum began with, if it did."""
+        told = json.loads(self.file.read_text()) if self.file.exists() else {}
+        if (told.get("version"), told.get("asked")) != (version, sorted(asked)):
+            return None
+        keys = {int(i): Keys(*map(bytes.fromhex, k)) for i, k in told["keys"].items()}
+        boxes = {int(i): {int(j): bytes.fromhex(b) for j, b in made.items()} for i, made in told["boxes"].items()}
+        return Begun(keys, boxes)
 
     def _ask(
         self, step: str, round: int, args: Mapping[int, tuple[int, Tree]], read: Callable[[Any], Any]
