@@ -182,7 +182,7 @@ def test_a_poisson_draw_may_be_of_one() -> None:
         ("unmask", lambda said: {**said, "seeds": {**said["seeds"], "1": "f" * 10**6}}),
         ("unmask", lambda said: {**said, "seeds": {**said["seeds"], "1": "-1"}}),
     ],
-    ids=str,
+    ids=["low mask", "low seal", "a number", "infinity", "large", "long", "minus infinity", "digits", "negative"],
 )
 def test_nonsense_costs_its_site_alone(step: str, nonsense: Any, deployed: Make) -> None:
     run = deployed("fedavg", rounds="1", eval_clients_every="0", **MASKED)
