@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from consilience.config import settle
 from consilience.core.errors import ConfigError, ConsilienceError
 from consilience.deploy import ledger, policy
 
@@ -40,7 +41,7 @@ def test_what_is_not_allowed_is_refused(rules: dict[str, Any], why: str, deploye
 
 
 def test_the_smallest_cohort() -> None:
-    config = {"participation": 1.0, "schedule": None, "secure": None}
+    config = {**settle({}).config.model_dump(), "participation": 1.0}
     told = {"method": "fedavg", "options": {}, "sites": list("abcdef"), "config": config}
     assert policy.smallest(told) == 6
     assert policy.smallest({**told, "config": {**config, "participation": 2}}) == 2

@@ -21,7 +21,7 @@ from consilience.privacy.central import Central, State
 from consilience.privacy.clip import Clip, clipped
 from consilience.privacy.ledger import Ledger
 from consilience.privacy.mechanism import Fixed
-from consilience.privacy.numbers import BITS, Simulated, decode, encode, rounding, threshold
+from consilience.privacy.numbers import BITS, Simulated, Wanted, decode, encode, rounding, threshold
 from consilience.privacy.options import Privacy
 from consilience.privacy.protocol import Client, Unmask, stream, total
 from consilience.privacy.secret import Secret
@@ -162,7 +162,7 @@ def test_what_cannot_be_summed_is_refused() -> None:
     with pytest.raises(ConfigError, match="--secure"):
         Privacy(secure=0.5)
     with pytest.raises(ConsilienceError, match="are needed"):
-        Simulated(0).sum({}, [], [1, 2], size=1, share=1.0, version=0)
+        Simulated(0).sum(Wanted({}, [], [1, 2], 1, 1.0, 0))
 
 
 # --- with differential privacy ---------------------------------------------------------------------------------

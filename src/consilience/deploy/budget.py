@@ -7,14 +7,15 @@ answer, which costs nothing, and any other gets other noise.
 from __future__ import annotations
 
 import hashlib
-import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from consilience.core.method import Method
-from consilience.deploy.keys import write_secret
+from consilience.deploy import ledger
+from consilience.deploy.keys import secret_of
 from consilience.deploy.policy import Policy, PolicyError
+from consilience.folder import read_lines
 from consilience.privacy.mechanism import Poisson
 from consilience.privacy.rows import parse
 
@@ -32,17 +33,9 @@ class Cost(NamedTuple):
     steps: int
 
 
-def secret_of(folder: Path) -> bytes:
-    """The secret of the site in this folder, made when it is first needed."""
-    path = folder / KEY
-    if not path.exists():
-        write_secret(path, secrets.token_bytes(32))
-    return path.read_bytes()
-
-
 def seed(folder: Path, blobs: Sequence[bytes]) -> int:
     """The seed of draws and noise where a training is asked for with these blobs."""
-    return int.from_bytes(_hash(secret_of(folder), blobs), "little")
+    return int.from_bytes(_hash(secret_of(folder / KEY), blobs), "little")
 
 
 def cost(method: Method, rows: int, steps: int | None, blobs: Sequence[bytes]) -> Cost | None:
@@ -70,11 +63,11 @@ def costs(lines: Iterable[Mapping[str, Any]]) -> list[Cost]:
     return [Cost(**line["rows"]) for line in lines if "rows" in line]
 
 
-def check(policy: Policy, lines: Sequence[Mapping[str, Any]], more: Cost | None) -> None:
-    """Refuse a training that would spend more than the policy allows. Raises PolicyError."""
+def check(policy: Policy, folder: Path, more: Cost | None) -> None:
+    """Refuse a training that would spend more than the policy of the site in this folder allows. Raises PolicyError."""
     if policy.epsilon is None or more is None:
         return
-    until = costs(lines)
+    until = costs(read_lines(folder / ledger.FILE))
     before, after = (spent(some, policy.delta) for some in (until, [*until, more]))
     if after > policy.epsilon:
         raise PolicyError(

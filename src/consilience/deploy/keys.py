@@ -6,6 +6,7 @@ from __future__ import annotations
 import datetime as dt
 import ipaddress
 import os
+import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,6 +158,13 @@ def expired(path: Path) -> str | None:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: not a certificate ({error})") from None
     return f"{until:%Y-%m-%d}" if until < dt.datetime.now(dt.timezone.utc) else None
+
+
+def secret_of(path: Path) -> bytes:
+    """32 bytes that only the file's owner has, made when they are first needed."""
+    if not path.exists():
+        write_secret(path, secrets.token_bytes(32))
+    return path.read_bytes()
 
 
 def write_secret(path: Path, data: bytes) -> None:

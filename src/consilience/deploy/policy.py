@@ -12,6 +12,7 @@ from consilience.config import read_yaml
 from consilience.core.errors import ConfigError, ConsilienceError, nearest
 from consilience.core.events import cohort_size
 from consilience.privacy.numbers import threshold
+from consilience.privacy.options import Privacy
 
 Seen = Literal["sizes", "statistics", "updates", "sums", "losses", "scores", "groups"]
 
@@ -80,8 +81,7 @@ def smallest(told: Mapping[str, Any]) -> int:
     cohort = cohort_size(config["participation"], len(told["sites"]))
     if config["secure"] is not None:
         return threshold(config["secure"], cohort)
-    noisy = any(config.get(key) is not None for key in ("epsilon", "noise_multiplier"))
-    if noisy and config["dp_mechanism"] == "poisson" and cohort < len(told["sites"]):
+    if Privacy.of(config).asked and config["dp_mechanism"] == "poisson" and cohort < len(told["sites"]):
         return 1
     schedule = config["schedule"] or methods.make(told["method"], told["options"]).default_schedule()
     kind, _, number = schedule.partition(":")

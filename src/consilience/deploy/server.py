@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -35,7 +34,7 @@ from consilience.core.units import parse_bytes
 from consilience.core.worker import Worker
 from consilience.deploy import data, spec
 from consilience.deploy.data import Known
-from consilience.deploy.keys import write_secret
+from consilience.deploy.keys import secret_of
 from consilience.deploy.post import Post, Wire
 from consilience.deploy.site import worker_of
 from consilience.deploy.spec import Deployment
@@ -195,7 +194,7 @@ class Server:
         sites = AtSites(post, deployment.names, deployment.section.max_bytes, recorder.path / SUM) if secret else None
         release = Privacy.of(config.model_dump()).release(
             worker, schedule, rounds=config.rounds, cohort=cohort, available=True, folder=recorder.path, parties=sites,
-            secret=self._noise(),
+            secret=secret_of(self.folder / "noise.key").hex(),
         )  # fmt: skip
         return Setup(
             rounds=config.rounds,
@@ -212,13 +211,6 @@ class Server:
             checkpoint_every=1,
             elapsed=spent,
         )
-
-    def _noise(self) -> str:
-        """The secret that keys the server's noise and draws, made when it is first needed."""
-        path = self.folder / "noise.key"
-        if not path.exists():
-            write_secret(path, secrets.token_hex(32).encode())
-        return path.read_text()
 
     def _end(
         self, post: Post, deployment: Deployment, executor: Flower, last: Snapshot, clock: Wall, about: dict[str, Any]

@@ -37,7 +37,7 @@ from consilience.deploy.policy import PolicyError
 from consilience.deploy.seal import ANY, Sealed, SealError, Window, open_sealed, seal
 from consilience.deploy.spec import ID, PROTOCOL
 from consilience.deploy.store import Store
-from consilience.folder import read_lines, versions
+from consilience.folder import versions
 from consilience.privacy.options import Privacy
 
 WORKED = ("train", "judge", "send", "mix")
@@ -163,7 +163,7 @@ class Home:
         if self.about.name not in told["sites"]:
             raise PolicyError(f"this site is called {self.about.name}, which is not among the deployment's sites")
         policy.check(self.policy, self.about.data, told)
-        if (run / "about.json").exists() and _json(run / "told.json") != json.loads(json.dumps(told)):
+        if (run / "about.json").exists() and _json(run / "told.json") != told:
             raise PolicyError("this deployment began here with another configuration; give this one another deploy.id")
         facts = self._own(told).facts()
         if facts["statistics"] is not None and "statistics" not in self.policy.server_sees:
@@ -200,7 +200,7 @@ class Home:
             worker = replace(worker, place=replace(worker.place, noise=budget.seed(self.folder, asked)))
         if name == "train" or (name == "judge" and args[-1]):
             cost = budget.cost(worker.method, len(worker.federation.data(job.client).train), job.steps, asked)
-            budget.check(self.policy, self._ledger(), cost)
+            budget.check(self.policy, self.folder, cost)
         began = time.perf_counter()
         result = worker.run(Call(name, given, shared))
         seconds = time.perf_counter() - began
@@ -270,10 +270,6 @@ class Home:
 
         said = masking.answer(step, head["round"], args, kept)
         return Said({}, [encode(said)], {f"secret sum, {step}": tr.nbytes(said)})
-
-    def _ledger(self) -> list[dict[str, Any]]:
-        """What has left until now."""
-        return read_lines(self.folder / ledger.FILE)
 
     def _allowed(self, work: Work) -> Work:
         """A job's result without what the policy keeps here."""

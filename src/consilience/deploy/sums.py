@@ -19,7 +19,7 @@ from consilience.core.messages import Refusal, Reply
 from consilience.core.tree import Elsewhere, Tree
 from consilience.deploy.masking import unpack
 from consilience.deploy.post import Post
-from consilience.privacy.numbers import BITS, HEAD, Recipe, enough, numbered, threshold
+from consilience.privacy.numbers import BITS, HEAD, Wanted, numbered
 from consilience.privacy.protocol import KEY, SEALED, Keys, Unmask, total, usable
 from consilience.privacy.shamir import PRIME
 
@@ -50,24 +50,16 @@ class AtSites:
     limit: int
     file: Path
 
-    def sum(
-        self,
-        recipes: Mapping[int, Recipe],
-        replies: Sequence[Reply],
-        asked: Sequence[int],
-        *,
-        size: int,
-        share: float,
-        version: int,
-    ) -> tuple[np.ndarray, dict[int, str]]:
+    def sum(self, wanted: Wanted) -> tuple[np.ndarray, dict[int, str]]:
         """The protocol, in four messages to each site. Raises ConsilienceError where too few are left."""
+        asked, version = sorted(wanted.asked), wanted.version
         ids = numbered(asked)
-        held = {ids[reply.job.client]: reply for reply in replies}
-        recipe = {i: recipes[reply.job.client] for i, reply in held.items()}
+        held = {ids[reply.job.client]: reply for reply in wanted.replies}
+        recipe = {i: wanted.recipes[reply.job.client] for i, reply in held.items()}
         lost: dict[int, str] = {}
 
         def step(name: str, args: Mapping[int, Tree], read: Callable[[Any], Any]) -> dict[int, Any]:
-            enough(len(args), len(asked), share, version)
+            wanted.enough(len(args))
             clients = {i: (held[i].job.client, tree) for i, tree in args.items()}
             found = self._ask(name, version + 1, clients, read)
             left_out = set() if name == "unmask" else args.keys() - found.keys()
@@ -76,7 +68,7 @@ class AtSites:
 
         begun = self._begun(version, asked)
         if begun is None:
-            found = step("keys", {i: {"asked": sorted(asked)} for i in held}, _keys)
+            found = step("keys", {i: {"asked": asked} for i in held}, _keys)
             peers = {str(i): [k.seal.hex(), k.mask.hex()] for i, k in found.items()}
             boxes = step("shares", {i: {"peers": peers} for i in found}, partial(_boxes, to=set(found)))
             begun = Begun({i: found[i] for i in boxes}, boxes)
@@ -85,28 +77,28 @@ class AtSites:
         for i in held.keys() - boxes.keys():
             lost.setdefault(held[i].job.client, "was not there when the secret sum began")
         given = {i: {str(j): made[i].hex() for j, made in boxes.items()} for i in boxes.keys() & held.keys()}
-        wanted = {i: {"boxes": given[i], "recipe": recipe[i], "key": held[i].update.key} for i in sorted(given)}
-        masked = step("masked", wanted, partial(_vector, size=size))
+        args = {i: {"boxes": given[i], "recipe": recipe[i], "key": held[i].update.key} for i in sorted(given)}
+        masked = step("masked", args, partial(_vector, size=wanted.size))
         read = partial(_shares, there=set(masked), lost=set(boxes) - set(masked))
         answers = step("unmask", {i: {"there": sorted(masked)} for i in masked}, read)
-        enough(len(answers), len(asked), share, version)
+        wanted.enough(len(answers))
         try:
-            sums = total(masked, answers, keys, threshold(share, len(asked)), BITS)
+            sums = total(masked, answers, keys, wanted.least, BITS)
         except ValueError as error:
             raise ConsilienceError(f"round {version + 1}: a secret sum cannot be unmasked: {error}") from None
         return sums, lost
 
-    def _begin(self, version: int, asked: Sequence[int], begun: Begun) -> None:
+    def _begin(self, version: int, asked: list[int], begun: Begun) -> None:
         """Keep what a sum began with, before anybody masks an update for it."""
         keys = {i: [k.seal.hex(), k.mask.hex()] for i, k in begun.keys.items()}
         boxes = {i: {j: box.hex() for j, box in made.items()} for i, made in begun.boxes.items()}
-        told = {"version": version, "asked": sorted(asked), "keys": keys, "boxes": boxes}
+        told = {"version": version, "asked": asked, "keys": keys, "boxes": boxes}
         write_atomically(self.file, json.dumps(told))
 
-    def _begun(self, version: int, asked: Sequence[int]) -> Begun | None:
+    def _begun(self, version: int, asked: list[int]) -> Begun | None:
         """What this very sum began with, if it did."""
         told = json.loads(self.file.read_text()) if self.file.exists() else {}
-        if (told.get("version"), told.get("asked")) != (version, sorted(asked)):
+        if (told.get("version"), told.get("asked")) != (version, asked):
             return None
         keys = {int(i): Keys(*map(bytes.fromhex, k)) for i, k in told["keys"].items()}
         boxes = {int(i): {int(j): bytes.fromhex(b) for j, b in made.items()} for i, made in told["boxes"].items()}

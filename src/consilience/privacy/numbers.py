@@ -78,31 +78,37 @@ def numbered(asked: Sequence[int]) -> dict[int, int]:
     return {client: i for i, client in enumerate(sorted(asked), 1)}
 
 
-def enough(left: int, asked: int, share: float, version: int) -> None:
-    """Raise ConsilienceError where too few are left."""
-    if left < threshold(share, asked):
-        raise ConsilienceError(
-            f"round {version + 1}: secure aggregation has {left} of {asked} clients left, "
-            f"{threshold(share, asked)} are needed"
-        )
+class Wanted(NamedTuple):
+    """A sum that is wanted. recipes: of each client that has replied. replies: with the updates that are in it. asked:
+    everybody who was asked in this round, of whom ``share`` must be left. size: numbers of each update."""
+
+    recipes: Mapping[int, Recipe]
+    replies: Sequence[Reply]
+    asked: Sequence[int]
+    size: int
+    share: float
+    version: int
+
+    @property
+    def least(self) -> int:
+        """How many have to be left."""
+        return threshold(self.share, len(self.asked))
+
+    def enough(self, left: int) -> None:
+        """Raise ConsilienceError where too few are left."""
+        if left < self.least:
+            raise ConsilienceError(
+                f"round {self.version + 1}: secure aggregation has {left} of {len(self.asked)} clients left, "
+                f"{self.least} are needed"
+            )
 
 
 class Parties(Protocol):
     """The clients of the protocol, wherever they are."""
 
-    def sum(
-        self,
-        recipes: Mapping[int, Recipe],
-        replies: Sequence[Reply],
-        asked: Sequence[int],
-        *,
-        size: int,
-        share: float,
-        version: int,
-    ) -> tuple[np.ndarray, dict[int, str]]:
-        """The sum modulo 2^BITS of the encoded numbers of the updates of these replies, and whose are not in it, with
-        reasons. asked: everybody who was asked in this round, of whom ``share`` must be left. size: numbers of each.
-        Raises ConsilienceError."""
+    def sum(self, wanted: Wanted) -> tuple[np.ndarray, dict[int, str]]:
+        """The sum modulo 2^BITS of the encoded numbers of the updates, and whose are not in it, with reasons. Raises
+        ConsilienceError where too few are left."""
         ...
 
 
@@ -114,29 +120,20 @@ class Simulated:
 
     seed: int
 
-    def sum(
-        self,
-        recipes: Mapping[int, Recipe],
-        replies: Sequence[Reply],
-        asked: Sequence[int],
-        *,
-        size: int,
-        share: float,
-        version: int,
-    ) -> tuple[np.ndarray, dict[int, str]]:
+    def sum(self, wanted: Wanted) -> tuple[np.ndarray, dict[int, str]]:
         """The whole protocol."""
-        ids, least = numbered(asked), threshold(share, len(asked))
+        ids, least, version = numbered(wanted.asked), wanted.least, wanted.version
         clients = {i: Client(i, least, self._random(version, i)) for i in ids.values()}
         keys = {i: client.keys() for i, client in clients.items()}
         sealed = {i: client.shares(keys) for i, client in clients.items()}
         masked, lost = {}, {}
-        for client, reply in ((reply.job.client, reply) for reply in replies):
+        for client, reply in ((reply.job.client, reply) for reply in wanted.replies):
             try:
-                whole, i = encode(numbers(reply.update, recipes[client]), len(ids)), ids[client]
+                whole, i = encode(numbers(reply.update, wanted.recipes[client]), len(ids)), ids[client]
                 masked[i] = clients[i].masked(whole, {j: boxes[i] for j, boxes in sealed.items()}, BITS)
             except ConsilienceError as error:
                 lost[client] = str(error)
-        enough(len(masked), len(asked), share, version)
+        wanted.enough(len(masked))
         answers = {i: clients[i].unmask(list(masked)) for i in masked}
         return total(masked, answers, keys, least, BITS), lost
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from consilience.core import tree as tr
 from consilience.core.messages import Refusal, Released, Reply
 from consilience.core.method import Method
 from consilience.core.tree import Tree
-from consilience.privacy.numbers import HEAD, Parties, Recipe, decode
+from consilience.privacy.numbers import HEAD, Parties, Recipe, Wanted, decode
 from consilience.privacy.protocol import KEY, SEALED
 from consilience.privacy.shamir import SHARE
 
@@ -74,7 +72,7 @@ class Secret:
         """The sum of these replies' numbers, and whose are not in it. Raises ConsilienceError where too few are
         left."""
         size = sum(leaf.numel() for leaf in tr.tensors(self.template)) + any(r.clip != "" for r in recipes.values())
-        sums, lost = self.parties.sum(recipes, replies, asked, size=size, share=self.share, version=version)
+        sums, lost = self.parties.sum(Wanted(recipes, replies, asked, size, self.share, version))
         return decode(sums), tuple(Refusal(client, "update", why) for client, why in sorted(lost.items()))
 
     def _weights(self, reply: Reply, clients: Sequence[int]) -> dict[str, dict[int, float]]:
@@ -86,17 +84,11 @@ class Secret:
 
     def _update(self, sums: np.ndarray, scales: Mapping[str, float]) -> Any:
         """An update with the sums, scaled by field."""
-        at = 0
-
-        def taken(like: Tensor, scale: float) -> Tensor:
-            nonlocal at
-            values = torch.from_numpy(sums[at : at + like.numel()] * scale)
-            at += like.numel()
-            return values.reshape(like.shape).to(like.dtype)
-
+        sizes = [sum(leaf.numel() for leaf in tr.tensors(part)) for part in self.template.values()]
+        each = np.repeat([scales[field] for field in self.template], sizes)
         made = self.method.sends(self.method.program()[0])
         assert isinstance(made, type)
-        return made(**{f: tr.tree_map(partial(taken, scale=scales[f]), part) for f, part in self.template.items()})
+        return made(**tr.filled(self.template, torch.from_numpy(sums * each)))
 
 
 def traffic(asked: int, sent: int) -> tuple[int, int]:
